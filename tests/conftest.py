@@ -1,0 +1,1 @@
+"""Shared test set-up; the folder itself is importable (`import hf_reference`)."""

@@ -1,0 +1,66 @@
+"""Multi-head attention with rotary positions, for the vision tower and the decoder."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vlmjax import sharding
+from vlmjax.kernels.attention import api, ref
+from vlmjax.nn import Dense
+from vlmjax.rope import rotate
+
+
+class Attention(nnx.Module):
+    """o(attend(rotate(q(x)), rotate(k(x)), v(x))) with N query heads on K key-value heads."""
+
+    def __init__(self, width, heads, kv_heads, head_dim, *, rngs, qkv_bias, o_bias):
+        q, kv = (heads, head_dim), (kv_heads, head_dim)
+        self.q = Dense((width,), q, ("embed",), ("heads", "head_dim"), rngs=rngs, bias=qkv_bias)
+        self.k = Dense((width,), kv, ("embed",), ("kv_heads", "head_dim"), rngs=rngs, bias=qkv_bias)
+        self.v = Dense((width,), kv, ("embed",), ("kv_heads", "head_dim"), rngs=rngs, bias=qkv_bias)
+        self.o = Dense(q, (width,), ("heads", "head_dim"), ("embed",), rngs=rngs, bias=o_bias)
+
+    def __call__(self, x, angles, attend, cache=None):
+        """Returns ([B, T, D], what `attend` keeps).
+
+        Args:
+          x: [B, T, D].
+          angles: f32[B, T, H/2].
+          attend: function (q, k, v, cache) -> ([B, T, N, H], new cache).
+          cache: of this layer, or None.
+        """
+        out, cache = attend(rotate(self.q(x), angles), rotate(self.k(x), angles), self.v(x), cache)
+        return self.o(out), cache
+
+
+def packed(segments, *, causal, spec):
+    """Returns the `attend` of packed rows, i32[B, S] segments; the list of block pairs is made once, here."""
+    work = sharding.map_rows(functools.partial(api.plan, causal=causal, spec=spec), segments)
+
+    def attend(q, k, v, cache):
+        out = sharding.map_rows(functools.partial(api.attention, causal=causal, spec=spec), q, k, v, work)
+        return out, (k, v) if cache is not None else None
+
+    return attend
+
+
+def cached(positions):
+    """Returns the `attend` that appends to a cache and sees everything up to its own position.
+
+    Slot j of the cache holds position j, so a query sees slots 0 .. its position. Slots after the last written one hold
+    leftovers that no query can see before they are overwritten.
+
+    Args:
+      positions: i32[B, T] of the new tokens, consecutive in each row.
+    """
+    start = positions[:, 0]
+
+    def attend(q, k, v, cache):
+        write = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), at, 0))
+        k, v = write(cache[0], k, start), write(cache[1], v, start)
+        mask = jnp.arange(k.shape[1]) <= positions[:, :, None]
+        return ref.masked_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask), (k, v)
+
+    return attend

@@ -1,0 +1,228 @@
+"""From a ConfigDict to the dataclasses of each module: the only place where configs meet the library."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from vlmjax import nn, sharding
+from vlmjax.batch import Budget
+from vlmjax.connectors.mlp import MLPConfig
+from vlmjax.data.processor import Processor, ProcessorConfig
+from vlmjax.data.sources import open_source
+from vlmjax.data.stream import Mixture
+from vlmjax.data.tokenizer import Tokenizer
+from vlmjax.llm import decoder
+from vlmjax.train.optimizer import OptimConfig
+from vlmjax.train.step import flatten
+from vlmjax.vision import vit
+from vlmjax.vlm import VLM, Compute, VLMConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The run.
+
+    Attributes:
+      steps: optimizer steps.
+      rows: packed rows of a step, over all devices and micro-batches.
+      accumulate: micro-batches the rows are cut into.
+      seed: of weights and data.
+      log_every, save_every: steps. The last step is always saved.
+      keep: checkpoints kept.
+      frozen_dtype: storage of frozen parameters.
+    """
+
+    steps: int
+    rows: int
+    accumulate: int = 1
+    seed: int = 0
+    log_every: int = 10
+    save_every: int = 1000
+    keep: int = 2
+    frozen_dtype: str = "bfloat16"
+
+    def __post_init__(self):
+        for name in ("steps", "rows", "accumulate", "log_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name}={getattr(self, name)} must be at least 1")
+        if self.rows % self.accumulate:
+            raise ValueError(
+                f"train.rows={self.rows} is not a multiple of train.accumulate={self.accumulate}; "
+                "the rows are cut into that many equal micro-batches"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The data.
+
+    Attributes:
+      sources: ((spec, weight), ...); a spec is "demo:TASK" or "json:FILE" (see `data.sources`).
+      tokenizer: directory of a fast tokenizer, or "demo".
+      budget: (tokens, patches, visual tokens, patches of a visual token) of a row.
+      pool: samples of look-ahead for packing.
+      normalisation: of the loss, "token", "sample" or "sqrt".
+      media_root: folder that media paths of json sources are relative to; they may not leave it.
+    """
+
+    sources: tuple
+    tokenizer: str
+    budget: tuple
+    pool: int = 64
+    normalisation: str = "token"
+    media_root: str = "."
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A resolved config."""
+
+    stage: int
+    model: VLMConfig
+    init: object  # {module: source} or the work directory of an earlier stage
+    objective: str
+    lr: tuple
+    optim: OptimConfig
+    train: TrainConfig
+    data: DataConfig
+    processor: ProcessorConfig
+    mesh: dict
+    eval: dict
+
+
+def section(cls, values, name):
+    """Returns cls(**values); ValueError naming the unknown or missing keys of config section `name`."""
+    values = dict(values)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(fields))
+    missing = [
+        n
+        for n, f in fields.items()
+        if n not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if unknown or missing:
+        raise ValueError(
+            f"config section {name!r} ({cls.__name__}):"
+            + (f" unknown keys {unknown};" if unknown else "")
+            + (f" missing keys {missing};" if missing else "")
+            + f" allowed are {sorted(fields)}"
+        )
+    return cls(**values)
+
+
+def preset(cls, presets, values, name):
+    """Returns cls from an optional "preset" row and overrides."""
+    values = dict(values)
+    row = values.pop("preset", None)
+    if row is not None and row not in presets:
+        raise ValueError(f"{name}.preset={row!r} is unknown; choose one of {sorted(presets)}")
+    return section(cls, {**presets.get(row, {}), **values}, name)
+
+
+def model_config(values):
+    """Returns the `VLMConfig` of a `model` section."""
+    values = dict(values)
+    unknown = set(values) - {"vision", "connector", "llm", "compute"}
+    if unknown:
+        raise ValueError(
+            f"config section 'model': unknown keys {sorted(unknown)}; allowed are "
+            "['compute', 'connector', 'llm', 'vision']"
+        )
+    return VLMConfig(
+        vision=preset(vit.ViTConfig, vit.PRESETS, values["vision"], "model.vision"),
+        connector=section(MLPConfig, values.get("connector", {}), "model.connector"),
+        llm=preset(decoder.DecoderConfig, decoder.PRESETS, values["llm"], "model.llm"),
+        compute=section(Compute, values.get("compute", {}), "model.compute"),
+    )
+
+
+def resolve(config):
+    """Returns the `Run` of a ConfigDict; ValueError for anything unknown or missing."""
+    values = config.to_dict()
+    allowed = {f.name for f in dataclasses.fields(Run)}
+    unknown, missing = sorted(set(values) - allowed), sorted(allowed - set(values))
+    if unknown or missing:
+        raise ValueError(
+            f"config: unknown keys {unknown}, missing keys {missing}; a config has exactly {sorted(allowed)}"
+        )
+    return Run(
+        stage=values["stage"],
+        model=model_config(values["model"]),
+        init=values["init"],
+        objective=values["objective"],
+        lr=tuple(tuple(row) for row in values["lr"]),
+        optim=section(OptimConfig, values["optim"], "optim"),
+        train=section(TrainConfig, values["train"], "train"),
+        data=section(DataConfig, values["data"], "data"),
+        processor=section(ProcessorConfig, values["processor"], "processor"),
+        mesh=values["mesh"],
+        eval=values["eval"],
+    )
+
+
+def abstract(cfg):
+    """Returns (graphdef, {path: ShapeDtypeStruct}, {path: logical axes}) of a model, without allocating it."""
+    model = jax.eval_shape(lambda: VLM(cfg, rngs=nnx.Rngs(0)))
+    graphdef, params = nn.unbind(model)
+    axes = {"/".join(path): p.get_metadata()["axes"] for path, p in nnx.to_flat_state(nnx.state(model))}
+    return graphdef, flatten(params), axes
+
+
+def shardings(shapes, axes, mesh):
+    """Returns {path: NamedSharding} of parameters on a mesh."""
+    return {
+        path: jax.sharding.NamedSharding(mesh, sharding.spec_of(path, axes[path], x.shape, mesh))
+        for path, x in shapes.items()
+    }
+
+
+def random_params(cfg, seed, shardings=None):
+    """Returns {path: f32 array}, drawn on the devices they belong to."""
+
+    def draw(key):
+        return flatten(nn.unbind(VLM(cfg, rngs=nnx.Rngs(key)))[1])
+
+    return jax.jit(draw, out_shardings=shardings)(jax.random.key(seed))
+
+
+def check_params(params, shapes, source):
+    """Raises one ValueError that names all missing, unexpected and mis-shaped parameters."""
+    problems = [f"missing {p} {shapes[p].shape}" for p in sorted(set(shapes) - set(params))]
+    problems += [f"unexpected {p} {np.shape(params[p])}" for p in sorted(set(params) - set(shapes))]
+    problems += [
+        f"{p} is {np.shape(params[p])}, the model needs {shapes[p].shape}"
+        for p in sorted(set(params) & set(shapes))
+        if tuple(np.shape(params[p])) != tuple(shapes[p].shape)
+    ]
+    if problems:
+        raise ValueError(
+            f"weights of {source} do not fit the model of this config; change the one or the other:\n  "
+            + "\n  ".join(problems)
+        )
+
+
+def make_tokenizer(name):
+    """Returns the `Tokenizer` of a directory, or the demo's own for "demo"."""
+    if name == "demo":
+        name = Path(__file__).parent / "data" / "demo" / "assets" / "tokenizer"
+    return Tokenizer(name)
+
+
+def make_data(run):
+    """Returns (Mixture, Processor) of a run."""
+    sources = [open_source(spec, run.data.media_root, run.train.seed) for spec, _ in run.data.sources]
+    weights = [weight for _, weight in run.data.sources]
+    processor = Processor(run.processor, make_tokenizer(run.data.tokenizer))
+    return Mixture(sources, weights, run.train.seed), processor
+
+
+def make_budget(run):
+    """Returns the `Budget` of a row."""
+    if len(run.data.budget) != 4:
+        raise ValueError(
+            f"data.budget={run.data.budget} needs four numbers: tokens, patches, visual tokens, patches of a visual token"
+        )
+    return Budget(*run.data.budget).check()

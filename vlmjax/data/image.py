@@ -1,0 +1,138 @@
+"""Opens images from untrusted files: the header is judged before a pixel is decoded.
+
+The result is always 8-bit RGB by Pillow's plain `convert("RGB")`, as VideoLLaMA3 does it: palettes
+are looked up, alpha is dropped (not composited), greyscale is repeated, CMYK is inverted naively,
+the EXIF orientation is not applied, and an animation gives its first frame. One deviation: 16-bit
+greyscale keeps its high byte, where `convert` would clip everything above 255 to white.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+MAX_PIXELS = 89_000_000  # below Pillow's own warning limit of 89.5 million
+MAX_ASPECT = 200
+
+# Pillow only warns between one and two times its limit; nobody reads a loader's warnings.
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+
+_DECODE_ERRORS = (OSError, SyntaxError, EOFError, ValueError, struct.error, zlib.error)
+
+
+def check_size(height: int, width: int, name: str, max_pixels: int = MAX_PIXELS) -> None:
+    """Raises ValueError if an image or frame of this size must not be decoded."""
+    if height < 1 or width < 1:
+        raise ValueError(
+            f"{name} is {width}x{height}, both sides must be at least 1: drop it or repair it"
+        )
+    if height * width > max_pixels:
+        raise ValueError(
+            f"{name} is {width}x{height} = {height * width} pixels, at most {max_pixels} are "
+            "decoded: shrink the file"
+        )
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise ValueError(
+            f"{name} is {width}x{height}, the aspect ratio may be at most {MAX_ASPECT}: crop or "
+            "tile it"
+        )
+
+
+def check_path(path: str | Path, kind: str) -> Path:
+    """Returns the path of an existing local file; URLs and missing files are ValueErrors."""
+    if "://" in str(path):
+        raise ValueError(
+            f"{kind} {str(path)!r} is a URL, only local files are opened: download it first"
+        )
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{kind} {str(path)!r} is not a file: check the path and the data root")
+    return path
+
+
+def image_size(source) -> tuple[int, int]:
+    """Returns the checked (height, width) of an image source from its header alone."""
+    if isinstance(source, np.ndarray):
+        _check_array(source)
+        height, width = source.shape[:2]
+        return height, width
+    image, name = _open(source)
+    check_size(image.height, image.width, name)
+    if not isinstance(source, Image.Image):
+        image.close()
+    return image.height, image.width
+
+
+def load_image(source) -> Image.Image:
+    """Returns the decoded RGB image of a path, bytes of a file, PIL image or array u8[h, w, 3]."""
+    if isinstance(source, np.ndarray):
+        _check_array(source)
+        return Image.fromarray(source)
+    image, name = _open(source)
+    check_size(image.height, image.width, name)
+    try:
+        return _to_rgb(image, name)
+    except _DECODE_ERRORS as error:
+        raise ValueError(
+            f"{name} cannot be decoded ({error}): it is damaged or truncated; fetch it again or "
+            "drop the record"
+        ) from error
+    finally:
+        if not isinstance(source, Image.Image):
+            image.close()
+
+
+def _check_array(array: np.ndarray) -> None:
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise ValueError(
+            f"image array is {array.dtype}{list(array.shape)}, uint8[h, w, 3] is needed: convert "
+            "it to 8-bit RGB"
+        )
+    check_size(*array.shape[:2], "image array")
+
+
+def _open(source) -> tuple[Image.Image, str]:
+    """Returns the image with only its header read, and its name for messages."""
+    if isinstance(source, Image.Image):
+        return source, "PIL image"
+    if isinstance(source, bytes):
+        file, name = io.BytesIO(source), f"image of {len(source)} bytes"
+    elif isinstance(source, (str, Path)):
+        file, name = check_path(source, "image"), f"image {str(source)!r}"
+    else:
+        raise ValueError(
+            f"image source is a {type(source).__name__}; give a path, bytes, a PIL image or an "
+            "array uint8[h, w, 3]"
+        )
+    try:
+        return Image.open(file, formats=FORMATS), name
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(
+            f"{name} is too large ({error}), at most {MAX_PIXELS} pixels: shrink the file"
+        ) from error
+    except _DECODE_ERRORS as error:
+        raise ValueError(
+            f"{name} is not a readable image ({error}); allowed formats are {', '.join(FORMATS)}: "
+            "convert it"
+        ) from error
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode == "RGB":
+        image.load()
+        return image
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"{name} has 32-bit pixels (mode {image.mode}) of unknown range: convert it to 8 or "
+            "16 bits"
+        )
+    return image.convert("RGB")

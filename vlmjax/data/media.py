@@ -1,0 +1,156 @@
+"""Finds the images, videos and streams in a conversation and opens them without decoding video.
+
+A record's media are images, videos, and at most one stream: all images in stream messages are the
+frames of one video, whatever is said in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from vlmjax.data import image, video
+
+
+@dataclass
+class Medium:
+    """An image, a video or a stream; all frames have one size."""
+
+    name: str
+    is_video: bool
+    height: int
+    width: int
+    sources: Sequence  # one per frame: an image source or a VideoFrame
+
+    def frames(self) -> Iterator[Image.Image]:
+        """Yields the decoded RGB frames one by one."""
+        reader, current, at = None, None, -1
+        for source in self.sources:
+            if not isinstance(source, video.VideoFrame):
+                yield image.load_image(source)
+                continue
+            if source.video is not current or source.index < at:
+                reader, current, at = video.read_frames(source.video), source.video, -1
+                pixels = None
+            while at < source.index:
+                pixels, at = next(reader), at + 1
+            yield Image.fromarray(pixels)
+
+
+class Media(NamedTuple):
+    """Messages with timestamps filled in, their media, (medium, frame) of each slot in order."""
+
+    messages: list[dict]
+    media: list[Medium]
+    slots: list[tuple[int, int]]
+
+
+def gather(messages: Sequence[dict], *, max_frames: int, max_stream_frames: int, **choice) -> Media:
+    """Returns the media of checked messages; `choice` goes to `video.open_video`."""
+    found, media, slots, stream = [], [], [], None
+    for message in messages:
+        if isinstance(message["content"], str):
+            found.append(message)
+            continue
+        parts = []
+        for part in message["content"]:
+            if part["type"] == "video":
+                medium, timestamps = _video(part, max_frames=max_frames, **choice)
+                part = {"type": "video", "timestamps": timestamps}
+                slots += [(len(media), k) for k in range(len(timestamps))]
+                media.append(medium)
+            elif part["type"] == "image" and message["role"] == "stream":
+                if stream is None:
+                    stream = len(media)
+                    media.append(_image(_source(part, "image"), is_video=True))
+                else:
+                    _add_frame(media[stream], _source(part, "image"))
+                slots.append((stream, len(media[stream].sources) - 1))
+            elif part["type"] == "image":
+                slots.append((len(media), 0))
+                media.append(_image(_source(part, "image"), is_video=False))
+            parts.append(part)
+        found.append({**message, "content": parts})
+    if stream is not None and len(media[stream].sources) > max_stream_frames:
+        raise ValueError(
+            f"the stream has {len(media[stream].sources)} frames, max_stream_frames is "
+            f"{max_stream_frames}: "
+            "shorten the stream or raise it"
+        )
+    return Media(found, media, slots)
+
+
+def _source(part: dict, key: str):
+    if part.get(key) is None:
+        raise ValueError(
+            f"a part of type {part['type']!r} has no {key!r}: give the file, array or PIL image"
+        )
+    return part[key]
+
+
+def _size(source) -> tuple[int, int]:
+    if isinstance(source, video.VideoFrame):
+        return source.video.height, source.video.width
+    return image.image_size(source)
+
+
+def _image(source, is_video: bool) -> Medium:
+    if not is_video and not isinstance(source, video.VideoFrame):
+        source = image.load_image(
+            source
+        )  # one look at the file; a stream is decoded frame by frame
+        return Medium("image", False, source.height, source.width, [source])
+    return Medium("stream" if is_video else "image", is_video, *_size(source), [source])
+
+
+def _add_frame(stream: Medium, source) -> None:
+    height, width = _size(source)
+    if (height, width) != (stream.height, stream.width):
+        raise ValueError(
+            f"stream frame {len(stream.sources)} is {width}x{height}, the first is "
+            f"{stream.width}x{stream.height}: "
+            "all frames of a stream must have one size"
+        )
+    stream.sources.append(source)
+
+
+def _video(part: dict, max_frames: int, **choice) -> tuple[Medium, list[float]]:
+    source = _source(part, "video")
+    if isinstance(source, np.ndarray):
+        return _frame_array(part, source, max_frames)
+    clip = video.open_video(
+        source,
+        max_frames=max_frames,
+        start=part.get("start_time"),
+        end=part.get("end_time"),
+        **choice,
+    )
+    frames = [video.VideoFrame(clip, k) for k in range(len(clip.pts))]
+    return Medium(f"video {str(source)!r}", True, clip.height, clip.width, frames), list(
+        clip.timestamps
+    )
+
+
+def _frame_array(part: dict, frames: np.ndarray, max_frames: int) -> tuple[Medium, list[float]]:
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not len(frames):
+        raise ValueError(
+            f"video array is {frames.dtype}{list(frames.shape)}: give uint8[t, h, w, 3] with t >= 1"
+        )
+    timestamps = [float(t) for t in part.get("timestamps") or ()]
+    if len(timestamps) != len(frames):
+        raise ValueError(
+            f"video array has {len(frames)} frames and {len(timestamps)} timestamps: give one "
+            "time in seconds per frame"
+        )
+    if len(frames) > max_frames:
+        raise ValueError(
+            f"video array has {len(frames)} frames, max_frames is {max_frames}: choose frames or "
+            "raise it"
+        )
+    height, width = frames.shape[1:3]
+    image.check_size(height, width, "video array")
+    return Medium("video array", True, height, width, list(frames)), timestamps

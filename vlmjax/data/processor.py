@@ -1,0 +1,186 @@
+"""The processor: one record -> one `Sample`, the same for training, evaluation and inference.
+
+    processor = Processor(ProcessorConfig(), Tokenizer("path/to/model"))
+    picture = {"type": "image", "image": "cat.jpg"}
+    sample = processor({"id": "0", "messages": [
+        {"role": "user", "content": [picture, {"type": "text", "text": "What is it?"}]},
+        {"role": "assistant", "content": "A cat."}]})
+
+Nothing is cut or skipped: a record that does not fit its budgets is a ValueError with the numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vlmjax.data import chat, diffp
+from vlmjax.data.media import Medium, gather
+from vlmjax.data.resize import RULES, Clip, patch_rows
+from vlmjax.data.sample import Item, Sample
+from vlmjax.data.sampling import SAMPLERS
+from vlmjax.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class ProcessorConfig:
+    """How records become samples; defaults are the released VideoLLaMA3 in its transformers layout.
+
+    Attributes:
+      patch: side of a patch in pixels.
+      image_merge, video_merge: side of the window of patches that becomes one visual token.
+      max_visual_tokens: budget before pruning, shared by all images and frames of a sample
+        ("videollama3") or granted to each image and video ("transformers").
+      min_visual_tokens: smallest size an image or frame is enlarged to.
+      image_token, video_token: placeholders; the original layout uses "<image>" for both.
+      fps, max_frames, frame_sampling: which frames of a video file are shown.
+      compression: prune unchanged visual tokens of videos and streams (DiffFP).
+      threshold, min_kept: of DiffFP.
+      resize: "videollama3" or "transformers".
+      max_stream_frames: most frames of a stream.
+      max_length: most tokens of a sample.
+    """
+
+    patch: int = 14
+    image_merge: int = 1
+    video_merge: int = 2
+    max_visual_tokens: int = 16384
+    min_visual_tokens: int = 16
+    image_token: str = "<|image_pad|>"
+    video_token: str = "<|video_pad|>"
+    fps: float = 1.0
+    max_frames: int = 180
+    frame_sampling: str = "last_of_second"
+    compression: bool = True
+    threshold: float = 0.1
+    min_kept: int = 1
+    resize: str = "videollama3"
+    max_stream_frames: int = 400
+    max_length: int = 32768
+
+    def __post_init__(self):
+        for name, known in (("resize", RULES), ("frame_sampling", SAMPLERS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: use one of {sorted(known)}")
+        for name in (
+            "patch",
+            "image_merge",
+            "video_merge",
+            "max_visual_tokens",
+            "max_frames",
+            "max_length",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, it must be at least 1: correct the config"
+                )
+        if not self.fps > 0:
+            raise ValueError(f"fps is {self.fps}, it must be above 0: correct the config")
+
+
+class Processor:
+    """Turns records into samples; stateless but for the tokenizer's cache."""
+
+    def __init__(self, config: ProcessorConfig, tokenizer: Tokenizer):
+        self.config = config
+        self.tokenizer = tokenizer
+        for token in ("<|im_start|>", "<|im_end|>"):
+            tokenizer.id(token)
+
+    def __call__(self, record: dict) -> Sample:
+        """Returns the sample of a record {"id", "messages", ...}, answers trained."""
+        for key in ("id", "messages"):
+            if key not in record:
+                raise ValueError(
+                    f"the record has keys {sorted(record)}, {key!r} is missing: add it"
+                )
+        return self._sample(record["messages"], str(record["id"]), generation=False)
+
+    def prompt(self, messages: Sequence[dict]) -> Sample:
+        """Returns the sample of messages that an answer is to follow; nothing is trained."""
+        if messages and messages[-1].get("role") == "assistant":
+            raise ValueError(
+                "the prompt ends with an assistant message: remove the answer that is to be "
+                "generated"
+            )
+        return self._sample(messages, "prompt", generation=True)
+
+    def _sample(self, messages: Sequence[dict], name: str, generation: bool) -> Sample:
+        config = self.config
+        chat.check_messages(messages)
+        messages, media, slots = gather(
+            messages,
+            max_frames=config.max_frames,
+            max_stream_frames=config.max_stream_frames,
+            fps=config.fps,
+            sampling=config.frame_sampling,
+        )
+        sizes = self._sizes(media)
+        frames = [self._items(medium, size) for medium, size in zip(media, sizes, strict=True)]
+        items = tuple(frames[medium][frame] for medium, frame in slots)
+        tokens, labels, visual = chat.encode(
+            messages,
+            [int(np.count_nonzero(item.keep)) for item in items],
+            self.tokenizer,
+            image_token=config.image_token,
+            video_token=config.video_token,
+            seed=name,
+            generation=generation,
+        )
+        if len(tokens) > config.max_length:
+            raise ValueError(
+                f"record {name!r} has {len(tokens)} tokens ({np.count_nonzero(visual)} visual), "
+                "max_length is "
+                f"{config.max_length}: shorten it, lower max_visual_tokens or max_frames, or "
+                "raise max_length"
+            )
+        return Sample(name, tokens, labels, items, visual)
+
+    def _merge(self, medium: Medium) -> int:
+        return self.config.video_merge if medium.is_video else self.config.image_merge
+
+    def _sizes(self, media: list[Medium]) -> list[tuple[int, int]]:
+        """Returns the resized (height, width) of each medium; ValueError over the budget."""
+        if not media:
+            return []
+        config = self.config
+        clips = [Clip(m.height, m.width, len(m.sources), self._merge(m)) for m in media]
+        limits = dict(
+            patch=config.patch,
+            min_tokens=config.min_visual_tokens,
+            max_tokens=config.max_visual_tokens,
+        )
+        sizes = RULES[config.resize](clips, **limits)
+        counts = [
+            clip.frames
+            * (height // (config.patch * clip.merge))
+            * (width // (config.patch * clip.merge))
+            for clip, (height, width) in zip(clips, sizes, strict=True)
+        ]
+        needed = sum(counts) if config.resize == "videollama3" else max(counts)
+        if needed > config.max_visual_tokens or not min(counts):
+            shapes = ", ".join(
+                f"{c.frames} x {c.width}x{c.height} -> {n} tokens"
+                for c, n in zip(clips, counts, strict=True)
+            )
+            raise ValueError(
+                f"visual tokens needed: {needed} ({shapes}), max_visual_tokens is "
+                f"{config.max_visual_tokens} and every "
+                "image needs at least 1: use fewer or less elongated images and frames, lower "
+                "min_visual_tokens or "
+                "raise max_visual_tokens"
+            )
+        return sizes
+
+    def _items(self, medium: Medium, size: tuple[int, int]) -> list[Item]:
+        config, merge = self.config, self._merge(medium)
+        grid = (size[0] // config.patch, size[1] // config.patch)
+        whole = np.ones(grid[0] * grid[1] // merge**2, bool)
+        rows = [patch_rows(frame, size, config.patch, merge) for frame in medium.frames()]
+        if medium.is_video and config.compression:
+            masks = diffp.keep_masks(rows, merge, config.threshold, config.min_kept)
+        else:
+            masks = [whole] * len(rows)
+        return [Item(r, grid, merge, mask) for r, mask in zip(rows, masks, strict=True)]

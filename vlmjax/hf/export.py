@@ -1,0 +1,134 @@
+"""A directory that `AutoModelForImageTextToText` and `AutoProcessor` of transformers load."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from vlmjax.data.processor import ProcessorConfig
+from vlmjax.data.tokenizer import Tokenizer
+from vlmjax.hf.config import CONFIG, make_config
+from vlmjax.hf.processor import IMAGE_TOKEN, VIDEO_TOKEN, write_processor
+from vlmjax.hf.tensors import MAX_SHARD_SIZE, write_tensors
+from vlmjax.hf.weights import export_tensors
+from vlmjax.vlm import VLMConfig
+
+SPECIAL = {
+    "image": IMAGE_TOKEN,
+    "video": VIDEO_TOKEN,
+    "bos": "<|endoftext|>",
+    "eos": "<|im_end|>",
+    "pad": "<|endoftext|>",
+}
+
+CARD = """---
+{front}
+---
+
+# {name}
+
+A vision-language model with the VideoLLaMA3 architecture (arXiv:2501.13106), trained with vlmjax:
+{parameters:,} parameters, {dtype}.
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("{name}", dtype="auto")
+processor = AutoProcessor.from_pretrained("{name}")  # needs torchvision
+image = {{"type": "image", "path": "picture.png"}}
+question = {{"type": "text", "text": "What is this?"}}
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": [image, question]}}],
+    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+)
+output = model.generate(**inputs, max_new_tokens=128)
+print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+```
+
+Pictures are cut into {patch}x{patch} patches; an image merges {image_merge}x{image_merge} and a
+video frame {video_merge}x{video_merge} of them into a token, at most {max_visual_tokens} tokens in
+all. In training that budget was shared by all images and frames of a sample; transformers applies
+it to each image and each video by itself, which differs only for samples above the budget. Regions
+of a video frame that did not change since the frame before are {pruned}. """
+
+
+def save_pretrained(
+    out_dir,
+    cfg: VLMConfig,
+    params: Mapping,
+    tokenizer: Tokenizer,
+    processor_config: ProcessorConfig,
+    dtype=None,
+    generation: Mapping | None = None,
+    model_name: str | None = None,
+    card: Mapping | None = None,
+    max_position: int = 32768,
+    max_shard_size: int = MAX_SHARD_SIZE,
+) -> Path:
+    """Writes a complete transformers directory, weights tensor by tensor.
+
+    Args:
+      params: nested dict of numpy or jax arrays.
+      dtype: of the weights on disk; None keeps each as it is.
+      generation: entries of generation_config.json beside the token ids; greedy when absent.
+      model_name: heading of the model card; the name of the directory when absent.
+      card: more front matter for the model card, such as license or base_model.
+      max_position: longest sequence that readers should allow.
+      max_shard_size: in bytes.
+    """
+    out_dir = Path(out_dir)
+    ids = _token_ids(cfg, tokenizer)
+    if processor_config.patch != cfg.vision.patch:
+        raise ValueError(
+            f"the processor cuts patches of {processor_config.patch} and the model takes "
+            f"{cfg.vision.patch}; they must agree; change one of them"
+        )
+    tensors = export_tensors(cfg, params, dtype)
+    kinds = sorted({t.dtype.name for t in tensors})
+    write_tensors(out_dir, tensors, max_shard_size)
+    _write(
+        out_dir / CONFIG,
+        make_config(cfg, ids, kinds[0] if len(kinds) == 1 else "float32", max_position),
+    )
+    stops = {
+        "bos_token_id": ids["bos"],
+        "eos_token_id": [ids["eos"], ids["pad"]],
+        "pad_token_id": ids["pad"],
+    }
+    _write(out_dir / "generation_config.json", stops | dict(generation or {"do_sample": False}))
+    write_processor(out_dir, tokenizer, processor_config)
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["vlmjax", "video_llama_3"],
+    }
+    front |= dict(card or {})
+    text = CARD.format(
+        front="\n".join(
+            f"{key}: {json.dumps(value)}" for key, value in front.items()
+        ),  # JSON is YAML
+        name=model_name or out_dir.resolve().name,
+        parameters=sum(t.size for t in tensors),
+        dtype=" and ".join(kinds),
+        patch=processor_config.patch,
+        image_merge=processor_config.image_merge,
+        video_merge=processor_config.video_merge,
+        max_visual_tokens=processor_config.max_visual_tokens,
+        pruned="dropped (DiffFP)" if processor_config.compression else "kept",
+    )
+    (out_dir / "README.md").write_text(text)
+    return out_dir
+
+
+def _token_ids(cfg: VLMConfig, tokenizer: Tokenizer) -> dict[str, int]:
+    ids = {name: tokenizer.id(token) for name, token in SPECIAL.items()}
+    if tokenizer.size > cfg.llm.vocab:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.size} tokens and the embedding {cfg.llm.vocab} rows; "
+            f"every token needs a row; "
+            "export with the tokenizer the model was trained with"
+        )
+    return ids
+
+
+def _write(file: Path, content: dict):
+    file.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,229 @@
+"""Where each parameter of VideoLLaMA3 lies in a checkpoint: one table, read in both directions.
+
+A row is (path in our tree, key in the checkpoint, axes there -> axes here). Axes are those of
+`nn.py`, with a group in brackets where several are one dimension: `(N H) D -> D N H` says that the
+torch weight [N*H, D] is our kernel [D, N, H]. A key with `{}` occurs once per layer; our leaf then
+stacks them along a leading axis L. Paths and keys are relative to a module; `LAYOUTS` says under
+which prefix each kind of checkpoint keeps each module, and what a kind holds that we do not use.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from vlmjax.vlm import VLMConfig
+
+VISION = (
+    ("patch/kernel", "embeddings.patch_embedding.weight", "D C p q -> (C p q) D"),
+    ("patch/bias", "embeddings.patch_embedding.bias", "D -> D"),
+    ("blocks/attn_norm/scale", "encoder.layers.{}.layer_norm1.weight", "D -> D"),
+    ("blocks/attn_norm/bias", "encoder.layers.{}.layer_norm1.bias", "D -> D"),
+    ("blocks/attn/q/kernel", "encoder.layers.{}.self_attn.q_proj.weight", "(N H) D -> D N H"),
+    ("blocks/attn/q/bias", "encoder.layers.{}.self_attn.q_proj.bias", "(N H) -> N H"),
+    ("blocks/attn/k/kernel", "encoder.layers.{}.self_attn.k_proj.weight", "(N H) D -> D N H"),
+    ("blocks/attn/k/bias", "encoder.layers.{}.self_attn.k_proj.bias", "(N H) -> N H"),
+    ("blocks/attn/v/kernel", "encoder.layers.{}.self_attn.v_proj.weight", "(N H) D -> D N H"),
+    ("blocks/attn/v/bias", "encoder.layers.{}.self_attn.v_proj.bias", "(N H) -> N H"),
+    ("blocks/attn/o/kernel", "encoder.layers.{}.self_attn.out_proj.weight", "D (N H) -> N H D"),
+    ("blocks/attn/o/bias", "encoder.layers.{}.self_attn.out_proj.bias", "D -> D"),
+    ("blocks/mlp_norm/scale", "encoder.layers.{}.layer_norm2.weight", "D -> D"),
+    ("blocks/mlp_norm/bias", "encoder.layers.{}.layer_norm2.bias", "D -> D"),
+    ("blocks/mlp/up/kernel", "encoder.layers.{}.mlp.fc1.weight", "M D -> D M"),
+    ("blocks/mlp/up/bias", "encoder.layers.{}.mlp.fc1.bias", "M -> M"),
+    ("blocks/mlp/down/kernel", "encoder.layers.{}.mlp.fc2.weight", "D M -> M D"),
+    ("blocks/mlp/down/bias", "encoder.layers.{}.mlp.fc2.bias", "D -> D"),
+    ("norm/scale", "post_layernorm.weight", "D -> D"),
+    ("norm/bias", "post_layernorm.bias", "D -> D"),
+)
+CONNECTOR = (  # readout.1 is the GELU
+    ("dense_0/kernel", "readout.0.weight", "D I -> I D"),
+    ("dense_0/bias", "readout.0.bias", "D -> D"),
+    ("dense_1/kernel", "readout.2.weight", "D E -> E D"),
+    ("dense_1/bias", "readout.2.bias", "D -> D"),
+)
+LLM = (
+    ("embed/embedding", "embed_tokens.weight", "V D -> V D"),
+    ("blocks/attn_norm/scale", "layers.{}.input_layernorm.weight", "D -> D"),
+    ("blocks/attn/q/kernel", "layers.{}.self_attn.q_proj.weight", "(N H) D -> D N H"),
+    ("blocks/attn/k/kernel", "layers.{}.self_attn.k_proj.weight", "(K H) D -> D K H"),
+    ("blocks/attn/v/kernel", "layers.{}.self_attn.v_proj.weight", "(K H) D -> D K H"),
+    ("blocks/attn/o/kernel", "layers.{}.self_attn.o_proj.weight", "D (N H) -> N H D"),
+    ("blocks/mlp_norm/scale", "layers.{}.post_attention_layernorm.weight", "D -> D"),
+    ("blocks/mlp/gate/kernel", "layers.{}.mlp.gate_proj.weight", "M D -> D M"),
+    ("blocks/mlp/up/kernel", "layers.{}.mlp.up_proj.weight", "M D -> D M"),
+    ("blocks/mlp/down/kernel", "layers.{}.mlp.down_proj.weight", "D M -> M D"),
+    ("norm/scale", "norm.weight", "D -> D"),
+)
+QKV_BIAS = (  # Qwen2 has these, Llama has not
+    ("blocks/attn/q/bias", "layers.{}.self_attn.q_proj.bias", "(N H) -> N H"),
+    ("blocks/attn/k/bias", "layers.{}.self_attn.k_proj.bias", "(K H) -> K H"),
+    ("blocks/attn/v/bias", "layers.{}.self_attn.v_proj.bias", "(K H) -> K H"),
+)
+HEAD = ("head/kernel", "lm_head.weight", "V D -> D V")
+MODULES = ("vision", "connector", "llm")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one kind of checkpoint names things.
+
+    Attributes:
+      prefixes: module -> what its keys start with; a module that is absent here is absent in the
+      checkpoint.
+      marker: a key that only this kind has (`LAYOUTS` is searched in order).
+      dropped: regexes of keys that belong to the checkpoint and not to our model.
+    """
+
+    prefixes: dict[str, str]
+    marker: str
+    dropped: tuple[str, ...] = ()
+
+    def owner(self, key: str) -> str | None:
+        """The module a key belongs to: the longest prefix wins, lm_head belongs to the decoder."""
+        if key == HEAD[1]:
+            return "llm" if "llm" in self.prefixes else None
+        fits = [(len(p), m) for m, p in self.prefixes.items() if key.startswith(p)]
+        return max(fits)[1] if fits else None
+
+
+# The position table goes because 2-D RoPE replaces it, the pooling head and the text tower because
+# nothing here uses them.
+POOLING = (r"embeddings\.position_embedding\.weight", r"embeddings\.position_ids", r"head\..*")
+# A constant that old Llama checkpoints store.
+ROTARY = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
+PATCH, EMBED = "embeddings.patch_embedding.weight", "embed_tokens.weight"
+LAYOUTS = {
+    "transformers": Layout(
+        {
+            "vision": "model.vision_model.",
+            "connector": "model.projector.",
+            "llm": "model.language_model.",
+        },
+        marker=f"model.language_model.{EMBED}",
+    ),
+    "train": Layout(  # as the training code of VideoLLaMA3 saves it
+        {
+            "vision": "model.vision_encoder.vision_encoder.",
+            "connector": "model.mm_projector.",
+            "llm": "model.",
+        },
+        marker=f"model.vision_encoder.vision_encoder.{PATCH}",
+    ),
+    "hub": Layout(  # trust_remote_code
+        {"vision": "model.vision_encoder.", "connector": "model.mm_projector.", "llm": "model."},
+        marker=f"model.vision_encoder.{PATCH}",
+    ),
+    "siglip": Layout(
+        {"vision": "vision_model."},
+        marker=f"vision_model.{PATCH}",
+        dropped=(
+            *(rf"vision_model\.{p}" for p in POOLING),
+            r"text_model\..*",
+            "logit_scale",
+            "logit_bias",
+        ),
+    ),
+    "siglip_5": Layout(  # SiglipVisionModel as transformers 5 saves it
+        {"vision": ""}, marker="embeddings.position_embedding.weight", dropped=POOLING
+    ),
+    "siglip_navit": Layout({"vision": ""}, marker=PATCH),
+    "decoder": Layout({"llm": "model."}, marker=f"model.{EMBED}", dropped=ROTARY),
+}
+
+
+def find_layout(keys: Iterable[str]) -> str:
+    """Name of the layout that a checkpoint with these keys has."""
+    keys = set(keys)
+    for name, layout in LAYOUTS.items():
+        if layout.marker in keys:
+            return name
+    raise ValueError(
+        f"unknown checkpoint layout with {len(keys)} keys such as {', '.join(sorted(keys)[:5])}; "
+        f"known layouts and the key each is "
+        f"told by: {', '.join(f'{n} ({x.marker})' for n, x in LAYOUTS.items())}; convert the "
+        f"checkpoint to one of them"
+    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One of our leaves: its path, the checkpoint keys that make it up, and both shapes."""
+
+    path: str
+    keys: tuple[str, ...]
+    stacked: bool
+    axes: str
+    sizes: dict[str, int]
+
+    @property
+    def stored_shape(self):
+        return _shape(self.axes.split("->")[0], self.sizes)
+
+    @property
+    def shape(self):
+        return (len(self.keys),) * self.stacked + _shape(self.axes.split("->")[1], self.sizes)
+
+    def load(self, stored: np.ndarray) -> np.ndarray:
+        return _rearrange(stored, *self.axes.split("->"), self.sizes)
+
+    def store(self, ours: np.ndarray) -> np.ndarray:
+        return _rearrange(ours, *reversed(self.axes.split("->")), self.sizes)
+
+
+def rows(cfg: VLMConfig, layout: str, modules: Iterable[str] = MODULES) -> list[Row]:
+    """The table for one configuration in one layout, decoder head included unless it is tied."""
+    if cfg.connector.layers != 2:
+        raise ValueError(
+            f"the connector has {cfg.connector.layers} layers; the VideoLLaMA3 projector in "
+            f"checkpoints has exactly 2; "
+            "set connector layers=2"
+        )
+    tables = {"vision": VISION, "connector": CONNECTOR, "llm": LLM + QKV_BIAS * cfg.llm.qkv_bias}
+    layers = {"vision": cfg.vision.layers, "connector": 0, "llm": cfg.llm.layers}
+    made = []
+    for module in modules:
+        prefix, sizes = LAYOUTS[layout].prefixes[module], _sizes(cfg, module)
+        for path, key, axes in tables[module]:
+            stacked = "{}" in key
+            keys = tuple(prefix + key.format(i) for i in range(layers[module] if stacked else 1))
+            made.append(Row(f"{module}/{path}", keys, stacked, axes, sizes))
+        if module == "llm" and not cfg.llm.tie:
+            path, key, axes = HEAD
+            made.append(Row(f"llm/{path}", (key,), False, axes, sizes))
+    return made
+
+
+def _sizes(cfg: VLMConfig, module: str) -> dict[str, int]:
+    v, t = cfg.vision, cfg.llm
+    if module == "vision":
+        return {
+            "D": v.width,
+            "M": v.mlp,
+            "N": v.heads,
+            "H": v.width // v.heads,
+            "C": 3,
+            "p": v.patch,
+            "q": v.patch,
+        }
+    if module == "connector":
+        return {"I": v.width, "D": t.width, "E": t.width}
+    return {"V": t.vocab, "D": t.width, "M": t.mlp, "N": t.heads, "K": t.kv_heads, "H": t.head_dim}
+
+
+def _groups(axes: str) -> list[list[str]]:
+    """`(N H) D` -> [[N, H], [D]]."""
+    return [(group or single).split() for group, single in re.findall(r"\(([^)]*)\)|(\S+)", axes)]
+
+
+def _shape(axes: str, sizes: dict[str, int]) -> tuple[int, ...]:
+    return tuple(math.prod(sizes[a] for a in group) for group in _groups(axes))
+
+
+def _rearrange(x: np.ndarray, source: str, target: str, sizes: dict[str, int]) -> np.ndarray:
+    before = [a for group in _groups(source) for a in group]
+    after = [a for group in _groups(target) for a in group]
+    split = x.reshape([sizes[a] for a in before])
+    return split.transpose([before.index(a) for a in after]).reshape(_shape(target, sizes))

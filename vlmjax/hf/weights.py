@@ -1,0 +1,196 @@
+"""Parameters from and to checkpoint directories, strictly: all that does not fit is one error."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from vlmjax.hf.config import CONFIG, read_config, read_module_config
+from vlmjax.hf.tensors import DTYPES, Tensor, TensorDirectory
+from vlmjax.hf.videollama3 import HEAD, LAYOUTS, MODULES, Row, find_layout, rows
+from vlmjax.vlm import VLMConfig
+
+# What the shapes of a checkpoint do not show (a width of 24 may be 2 heads of 12 or 3 of 8);
+# compared with its config.json instead.
+UNSEEN = ("heads", "kv_heads", "head_dim", "rope_theta", "eps", "act")
+
+
+def load_params(directory, cfg: VLMConfig | None = None, dtype=None) -> dict:
+    """All parameters of a full checkpoint as a nested dict of numpy arrays.
+
+    Args:
+      directory: a transformers VideoLlama3 directory, or one in the trust_remote_code or training
+        layout.
+      cfg: what the parameters must fit; read from the directory when absent.
+      dtype: float32, bfloat16 or float16; None keeps each tensor as it is stored.
+    """
+    cfg = cfg or read_config(directory)
+    return _load(directory, cfg, MODULES, dtype)
+
+
+def load_module(module: str, directory, cfg: VLMConfig, dtype=None) -> dict:
+    """The parameters under one top-level name, from any layout that holds it."""
+    if module not in MODULES:
+        raise ValueError(
+            f"unknown module {module!r}; modules are {', '.join(MODULES)}; name one of them"
+        )
+    return _load(directory, cfg, (module,), dtype)[module]
+
+
+def _load(directory, cfg: VLMConfig, modules: Iterable[str], dtype) -> dict:
+    tensors = TensorDirectory(directory)
+    layout = find_layout(tensors)
+    absent = [m for m in modules if m not in LAYOUTS[layout].prefixes]
+    if absent:
+        raise ValueError(
+            f"{directory} has the layout {layout!r}, which holds "
+            f"{', '.join(LAYOUTS[layout].prefixes)} and not {', '.join(absent)}; "
+            "whole models load with load_params, parts with load_module; name a module it holds or "
+            "another directory"
+        )
+    if (Path(directory) / CONFIG).is_file():
+        _check_config(directory, cfg, modules)
+    table = rows(cfg, layout, modules)
+    _check_tensors(tensors, table, layout, modules, cfg)
+    params = {}
+    for row in table:
+        *parents, leaf = row.path.split("/")
+        node = params
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[leaf] = _read(tensors, row, dtype)
+    return params
+
+
+def _check_config(directory, cfg: VLMConfig, modules):
+    problems = []
+    for module in modules:
+        if module == "connector":
+            continue
+        want, have = (
+            dataclasses.asdict(c)
+            for c in (getattr(cfg, module), read_module_config(directory, module))
+        )
+        problems += [
+            f"{module}.{name} is {have[name]} there and {want[name]} here"
+            for name in UNSEEN
+            if name in want and want[name] != have[name]
+        ]
+    if problems:
+        raise ValueError(
+            f"{directory}/{CONFIG} disagrees with the configuration: {'; '.join(problems)}; "
+            f"weights are only meaningful with the "
+            "settings they were trained with; change the configuration or load another checkpoint"
+        )
+
+
+def _check_tensors(
+    tensors: TensorDirectory, table: list[Row], layout: str, modules, cfg: VLMConfig
+):
+    shapes = {key: row.stored_shape for row in table for key in row.keys}
+    dropped = re.compile("|".join(LAYOUTS[layout].dropped) or r"(?!)")
+    tied_head = cfg.llm.tie and "llm" in modules and HEAD[1] in tensors
+    expected = shapes.keys() | ({HEAD[1]} if tied_head else set())
+    foreign = set(LAYOUTS[layout].prefixes) - set(modules)
+    missing = [key for key in shapes if key not in tensors]
+    unexpected = [
+        key
+        for key in tensors
+        if key not in expected
+        and not dropped.fullmatch(key)
+        and LAYOUTS[layout].owner(key) not in foreign
+    ]
+    wrong = [
+        f"{key} {list(tensors.shape(key))} instead of {list(shape)}"
+        for key, shape in shapes.items()
+        if key in tensors and tensors.shape(key) != shape
+    ]
+    if tied_head:
+        embedding = tensors.read(
+            next(row for row in table if row.path == "llm/embed/embedding").keys[0]
+        )
+        if not np.array_equal(tensors.read(HEAD[1]), embedding):
+            wrong.append(
+                f"{HEAD[1]} differs from the embedding although the model is tied: set tie=False "
+                f"to use it"
+            )
+    _fail(
+        f"{tensors.directory} (layout {layout!r}) does not fit the configuration",
+        missing,
+        unexpected,
+        wrong,
+    )
+
+
+def _fail(what: str, missing: list[str], unexpected: list[str], wrong: list[str]):
+    """Raises one error with every problem, or returns when there is none."""
+    kinds = (("missing", missing), ("unexpected", unexpected), ("mis-shaped", wrong))
+    if any(names for _, names in kinds):
+        lines = [f"{kind} ({len(names)}): {', '.join(names)}" for kind, names in kinds if names]
+        raise ValueError(
+            "\n  ".join(
+                [
+                    f"{what}; all keys and shapes must match; give the matching configuration or "
+                    f"weights:",
+                    *lines,
+                ]
+            )
+        )
+
+
+def _read(tensors: TensorDirectory, row: Row, dtype) -> np.ndarray:
+    if dtype is None:
+        dtype = np.result_type(*{tensors.dtype(key) for key in row.keys})
+    out = np.empty(row.shape, _float(dtype))
+    for i, key in enumerate(row.keys):
+        out[i if row.stacked else ...] = row.load(tensors.read(key))
+    return out
+
+
+def _float(dtype) -> np.dtype:
+    known = {d.name: d for d in DTYPES.values()}
+    name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    if name not in known:
+        raise ValueError(
+            f"weights of dtype {name}; they may be {', '.join(known)}; choose one of these"
+        )
+    return known[name]
+
+
+def export_tensors(cfg: VLMConfig, params: Mapping, dtype=None) -> list[Tensor]:
+    """The tensors of the transformers layout, each made from the parameters when its turn comes.
+
+    A stacked leaf is sliced on the device where it lives, so that the host never holds more than
+    one tensor.
+    """
+    leaves, table = dict(_flatten(params)), rows(cfg, "transformers")
+    shapes = {row.path: row.shape for row in table}
+    missing = [path for path in shapes if path not in leaves]
+    unexpected = [path for path in leaves if path not in shapes]
+    wrong = [
+        f"{path} {list(leaves[path].shape)} instead of {list(shape)}"
+        for path, shape in shapes.items()
+        if path in leaves and tuple(leaves[path].shape) != shape
+    ]
+    _fail("the parameters do not fit the configuration", missing, unexpected, wrong)
+    tensors = []
+    for row in table:
+        leaf = leaves[row.path]
+        target = _float(dtype or leaf.dtype)
+        for i, key in enumerate(row.keys):
+            tensors.append(Tensor(key, target, row.stored_shape, _maker(row, leaf, i, target)))
+    return tensors
+
+
+def _maker(row: Row, leaf, i: int, dtype: np.dtype):
+    return lambda: row.store(np.asarray(leaf[i] if row.stacked else leaf)).astype(dtype, copy=False)
+
+
+def _flatten(tree: Mapping, prefix=""):
+    for name, node in tree.items():
+        if isinstance(node, Mapping):
+            yield from _flatten(node, f"{prefix}{name}/")
+        else:
+            yield prefix + name, node

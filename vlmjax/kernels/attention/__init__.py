@@ -1,0 +1,1 @@
+"""Attention inside segments of packed rows. `api.plan` and `api.attention` are the way in."""

@@ -1,0 +1,39 @@
+"""The definition: softmax attention restricted by a mask, in plain jnp."""
+
+import jax
+import jax.numpy as jnp
+
+
+def segment_mask(q_segments, kv_segments, causal):
+    """Returns bool[B, T, S], True where a query may look: the same segment, not padding, and not later if causal.
+
+    Example, segments [1, 1, 2, 0], causal:
+
+        1 0 0 0
+        1 1 0 0
+        0 0 1 0
+        0 0 0 0
+    """
+    q, k = q_segments[:, :, None], kv_segments[:, None, :]
+    mask = (q == k) & (q > 0)
+    if causal:
+        mask &= jnp.arange(q.shape[1])[:, None] >= jnp.arange(k.shape[2])
+    return mask
+
+
+def masked_attention(q, k, v, mask):
+    """Returns [B, T, N, H] in the dtype of q; logits and softmax in f32. A query with no key gets 0.
+
+    Args:
+      q: [B, T, N, H], scaled by H^-0.5 here.
+      k, v: [B, S, K, H]; N is a multiple of K, query head n reads kv head n // (N / K).
+      mask: bool[B, T, S], True = may look.
+    """
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    q = q.reshape(B, T, K, N // K, H)
+    logits = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * H**-0.5
+    mask = mask[:, None, None]
+    logits = jnp.where(mask, logits, -1e30)
+    weights = jnp.where(mask, jax.nn.softmax(logits, axis=-1), 0).astype(v.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(B, T, N, H)

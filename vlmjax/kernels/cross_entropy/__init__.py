@@ -1,0 +1,1 @@
+"""Cross-entropy of supervised tokens only. `api.token_nll` is the way in."""

@@ -1,0 +1,35 @@
+"""The command line: python -m vlmjax.main COMMAND [flags]."""
+
+import json
+
+from absl import app, flags
+from ml_collections import config_flags
+
+config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:key=value,...]", lock_config=True)
+flags.DEFINE_string("workdir", None, "folder of the run")
+flags.DEFINE_bool("tensorboard", False, "also write TensorBoard events (needs the tensorboard extra)")
+FLAGS = flags.FLAGS
+
+
+def train():
+    """Trains the config in --workdir, resuming what is there."""
+    from vlmjax.train.loop import train
+
+    print(json.dumps(train(FLAGS.config, FLAGS.workdir, FLAGS.tensorboard)))
+
+
+COMMANDS = {"train": (train, ("config", "workdir"))}
+
+
+def main(argv):
+    if len(argv) != 2 or argv[1] not in COMMANDS:
+        raise app.UsageError(f"expected one command of {sorted(COMMANDS)}, got {argv[1:]}")
+    command, needed = COMMANDS[argv[1]]
+    missing = [f"--{name}" for name in needed if FLAGS[name].value is None]
+    if missing:
+        raise app.UsageError(f"{argv[1]} needs {' '.join(missing)}")
+    command()
+
+
+if __name__ == "__main__":
+    app.run(main)

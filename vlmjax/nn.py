@@ -1,0 +1,158 @@
+"""Layers with parameters declared once: shape, initialiser, logical axes.
+
+Axis letters, used everywhere: B batch, T query tokens, S key tokens, P patches, U visual tokens, G patches of a visual
+token, D width, N heads, K key-value heads, H head size, M mlp width, V vocabulary, L layers.
+
+Logical axes (`embed mlp heads kv_heads head_dim vocab patch`) are right-aligned: layers stacked by `stack` have one
+more leading axis than their parameters name. They get a meaning only in `sharding.py`.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def param(rngs, shape, axes, init="fan_in", fan_in=None):
+    """Returns an `nnx.Param` f32[shape].
+
+    Args:
+      rngs: an `nnx.Rngs`.
+      shape: of the array.
+      axes: one logical axis name (or None) for each dimension.
+      init: "fan_in" (truncated normal of variance 1 / fan_in), "normal" (0.02), "zeros" or "ones".
+      fan_in: defaults to the first dimension.
+    """
+    if init == "zeros":
+        value = jnp.zeros(shape)
+    elif init == "ones":
+        value = jnp.ones(shape)
+    else:
+        std = 0.02 if init == "normal" else math.sqrt(1 / (fan_in or shape[0])) / 0.87962566  # of the truncated normal
+        value = std * jax.random.truncated_normal(rngs.params(), -2, 2, shape)
+    return nnx.Param(value, axes=axes)
+
+
+class Dense(nnx.Module):
+    """y = x . kernel (+ bias), contracting the last `len(in_shape)` axes of x and appending `out_shape`.
+
+    The kernel f32[*in_shape, *out_shape] is cast to the dtype of x.
+    """
+
+    def __init__(self, in_shape, out_shape, in_axes, out_axes, *, rngs, bias=True):
+        fan_in = math.prod(in_shape)
+        self.kernel = param(rngs, (*in_shape, *out_shape), (*in_axes, *out_axes), fan_in=fan_in)
+        self.bias = param(rngs, out_shape, out_axes, "zeros") if bias else None
+        self.contract = len(in_shape)
+
+    def __call__(self, x):
+        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=self.contract)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the last axis, computed in f32."""
+
+    def __init__(self, width, eps, *, rngs):
+        self.scale = param(rngs, (width,), ("embed",), "ones")
+        self.bias = param(rngs, (width,), ("embed",), "zeros")
+        self.eps = eps
+
+    def __call__(self, x):
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation over the last axis, computed in f32 (arXiv:1910.07467)."""
+
+    def __init__(self, width, eps, *, rngs):
+        self.scale = param(rngs, (width,), ("embed",), "ones")
+        self.eps = eps
+
+    def __call__(self, x):
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return (y * self.scale[...]).astype(x.dtype)
+
+
+ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "silu": jax.nn.silu,
+}
+
+
+class MLP(nnx.Module):
+    """down(act(up(x))), or down(act(gate(x)) * up(x)) when gated."""
+
+    def __init__(self, width, hidden, act, *, rngs, gated, bias):
+        shape = ((width,), (hidden,), ("embed",), ("mlp",))
+        self.gate = Dense(*shape, rngs=rngs, bias=bias) if gated else None
+        self.up = Dense(*shape, rngs=rngs, bias=bias)
+        self.down = Dense((hidden,), (width,), ("mlp",), ("embed",), rngs=rngs, bias=bias)
+        self.act = act
+
+    def __call__(self, x):
+        act = ACTIVATIONS[self.act]
+        h = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
+        return self.down(h)
+
+
+def unbind(module):
+    """Returns (graphdef, params): the static structure and the weights as a nested dict of arrays."""
+    graphdef, state = nnx.split(module)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def bind(graphdef, params):
+    """Returns the module whose weights are `params`; the inverse of `unbind`."""
+    return nnx.merge(graphdef, params)
+
+
+def stack(make, num, *, rngs):
+    """Returns one module whose every parameter has a leading axis of `num` layers.
+
+    Args:
+      make: function of `nnx.Rngs` returning a layer.
+    """
+    keys = jax.random.split(rngs.params(), num)
+    return jax.vmap(lambda key: make(nnx.Rngs(key)))(keys)
+
+
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+}
+
+
+def scan_layers(blocks, call, x, xs=None, remat="none"):
+    """Runs stacked layers in order as one compiled loop.
+
+    Args:
+      blocks: module made by `stack`.
+      call: function (layer, x, xs_i) -> (x, ys_i).
+      x: the carry, the same shape before and after each layer.
+      xs: optional pytree with a leading axis of L, one slice for each layer (a cache).
+      remat: what the backward pass may keep of a layer, a key of `REMAT`: "none" recomputes nothing, "full"
+        recomputes the whole layer, "dots" keeps matrix products, "attention" keeps attention outputs.
+
+    Returns:
+      (x, ys) with ys stacked over layers.
+    """
+    if remat not in REMAT:
+        raise ValueError(f"remat={remat!r} is unknown; choose one of {sorted(REMAT)}")
+    graphdef, params = unbind(blocks)
+
+    def body(x, layer):
+        params, xs = layer
+        return call(bind(graphdef, params), x, xs)
+
+    if REMAT[remat] is not None:
+        body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
+    return jax.lax.scan(body, x, (params, xs))

@@ -1,0 +1,82 @@
+"""The true FLOP count of a multimodal batch, and MFU.
+
+FLOPs are multiplies and adds (2 for each weight and token) of real slots only, never of padding:
+
+    vision   patches x 2 x weights  +  4 x layers x heads x head size x sum over images or frames of n_i^2
+    connector  visual tokens (after pruning) x 2 x weights
+    llm      tokens x 2 x weights of the blocks  +  2 x layers x heads x head size x sum over samples of n_i^2   (causal: half)
+    head     supervised tokens x 2 x width x vocabulary
+
+Each part is counted as often as training needs it: once forward; once more when a gradient has to pass through it to
+something trained before it (or to itself); and once more, weights only, when it is trained. What remat recomputes is not
+counted. So a frozen decoder behind a trained connector counts 2, a frozen tower in front counts 1, a trained module 3
+(the first of the chain 2, as its input needs no gradient; of attention, which has no weights, both backward products
+count). MFU = FLOPs / (seconds x peak of all chips).
+"""
+
+import jax
+
+PEAK = {  # dense bf16 FLOP/s of a chip, from the vendors' data sheets
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(devices):
+    """Returns the peak of all devices together in FLOP/s, or None when a kind is not in `PEAK` (a CPU)."""
+    peaks = [next((v for k, v in PEAK.items() if d.device_kind.startswith(k)), None) for d in devices]
+    return None if None in peaks else sum(peaks)
+
+
+def forward_flops(cfg, stats):
+    """Returns {part: (FLOPs of matrix products with weights, FLOPs of attention)} of one forward pass.
+
+    Args:
+      cfg: `VLMConfig`.
+      stats: `data.pack.Stats`.
+    """
+    v, m = cfg.vision, cfg.llm
+    vit = v.patch_dim * v.width + v.layers * (4 * v.width**2 + 2 * v.width * v.mlp)
+    connector = v.width * m.width + (cfg.connector.layers - 1) * m.width**2
+    block = m.width * m.head_dim * (2 * m.heads + 2 * m.kv_heads) + 3 * m.width * m.mlp
+    return {
+        "vision": (2 * stats.patches * vit, 4 * v.layers * v.width * stats.patch_pairs),
+        "connector": (2 * stats.visual * connector, 0),
+        "llm": (
+            2 * stats.tokens * m.layers * block,
+            2 * m.layers * m.heads * m.head_dim * stats.token_pairs,
+        ),
+        "head": (2 * stats.supervised * m.width * m.vocab, 0),
+    }
+
+
+def train_flops(cfg, stats, trained):
+    """Returns {part: FLOPs} of one training step.
+
+    Args:
+      cfg: `VLMConfig`.
+      stats: `data.pack.Stats` of the batch.
+      trained: the set of modules with a trained parameter, of {"vision", "connector", "llm"}.
+    """
+    flops, upstream = {}, False
+    for part, (weights, attention) in forward_flops(cfg, stats).items():
+        # The token table trains with the decoder, so its blocks and the head always have something upstream then.
+        here = ("llm" if part == "head" else part) in trained
+        through = upstream or (here and part in ("llm", "head"))
+        flops[part] = weights * (1 + through + here) + attention * (1 + 2 * (through or here))
+        upstream = upstream or here
+    return flops
+
+
+def mfu(flops, seconds, devices=None):
+    """Returns the share of peak FLOP/s used, or None on devices without a known peak."""
+    peak = peak_flops(devices or jax.devices())
+    return None if peak is None else flops / (seconds * peak)

@@ -1,0 +1,95 @@
+"""The training step, a pure function of (state, batch), and the state it carries."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vlmjax.nn import bind
+from vlmjax.train.optimizer import module_norms
+
+
+class TrainState(NamedTuple):
+    """Everything that changes. Parameters are flat {path: array} dicts, split before any gradient is taken."""
+
+    step: jax.Array  # i32[], steps done
+    trainable: dict  # f32 masters
+    frozen: dict  # never differentiated, no optimizer state
+    opt: optax.OptState
+
+
+def flatten(tree, prefix=""):
+    """Returns {path: leaf} of a nested dict."""
+    flat = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        flat |= flatten(value, f"{path}/") if isinstance(value, dict) else {path: value}
+    return flat
+
+
+def unflatten(flat):
+    """The inverse of `flatten`."""
+    tree = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[name] = leaf
+    return tree
+
+
+def init_state(params, lrs, optimizer, frozen_dtype):
+    """Returns the `TrainState` of step 0.
+
+    Args:
+      params: {path: array}.
+      lrs: {path: peak or None}, of `resolve_lr`.
+      optimizer: of `make_optimizer`.
+      frozen_dtype: storage of frozen parameters.
+    """
+    trainable = {p: x.astype(jnp.float32) for p, x in params.items() if lrs[p] is not None}
+    frozen = {p: x.astype(frozen_dtype) for p, x in params.items() if lrs[p] is None}
+    return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(trainable))
+
+
+def make_train_step(graphdef, objective, optimizer, accumulate=1):
+    """Returns train_step(state, batch) -> (state, metrics).
+
+    Args:
+      graphdef: of `nn.unbind`.
+      objective: function (model, batch) -> (loss, metrics).
+      optimizer: of `make_optimizer`.
+      accumulate: micro-batches that the rows of a batch are cut into; their gradients are added up, which gives the
+        gradient of the whole batch because the loss is a sum with weights made for the whole batch.
+    """
+
+    def loss_of(trainable, frozen, batch):
+        return objective(bind(graphdef, unflatten(trainable | frozen)), batch)
+
+    def gradient(state, batch):
+        if accumulate == 1:
+            return jax.value_and_grad(loss_of, has_aux=True)(state.trainable, state.frozen, batch)
+        micro = jax.tree.map(
+            lambda x: x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:]), batch
+        )
+
+        def one(batch):
+            return jax.value_and_grad(loss_of, has_aux=True)(state.trainable, state.frozen, batch)
+
+        def add(total, batch):
+            return jax.tree.map(jnp.add, total, one(batch)), None
+
+        shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], micro))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return jax.lax.scan(add, zeros, micro)[0]
+
+    def train_step(state, batch):
+        (loss, metrics), grads = gradient(state, batch)
+        updates, opt = optimizer.update(grads, state.opt, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        norms = {f"grad_norm/{m}": n for m, n in module_norms(grads).items()}
+        return TrainState(state.step + 1, trainable, state.frozen, opt), {"loss": loss, **metrics, **norms}
+
+    return train_step

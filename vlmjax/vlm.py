@@ -1,0 +1,124 @@
+"""The vision-language model: encode, connect, place, decode.
+
+    visual = model.encode(batch)            ViT over packed patches, windows averaged, connector: [B, U, D]
+    x = model.embed(batch, visual)          visual tokens put where the text left room: [B, T, D]
+    hidden = model.decode(x, batch)         decoder over packed rows: [B, T, D]
+
+Everything that decides a shape has happened on the host (`batch.Batch`); here are only fixed shapes and gathers inside
+a row.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import nnx
+
+from vlmjax.connectors.mlp import MLP, MLPConfig
+from vlmjax.kernels.attention.api import AttentionSpec
+from vlmjax.llm.decoder import Decoder, DecoderConfig
+from vlmjax.nn import bind, unbind
+from vlmjax.vision.vit import ViT, ViTConfig
+
+__all__ = ["VLM", "Compute", "VLMConfig", "bind", "merge_windows", "place_tokens", "unbind"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How to compute, without changing what: the same weights serve any choice.
+
+    Attributes:
+      dtype: of activations, "float32" or "bfloat16"; norms, softmax and loss stay f32.
+      remat: policy of the backward pass for both towers, a key of `nn.REMAT`.
+      attention: kind of `kernels.attention.api.AttentionSpec`.
+      vision_block, llm_block: its block sizes.
+      loss_chunk: supervised tokens whose logits exist at a time; 0 = all.
+    """
+
+    dtype: str = "float32"
+    remat: str = "none"
+    attention: str = "blockwise"
+    vision_block: int = 256
+    llm_block: int = 512
+    loss_chunk: int = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class VLMConfig:
+    """A model: its three parts, and how to compute it."""
+
+    vision: ViTConfig
+    connector: MLPConfig
+    llm: DecoderConfig
+    compute: Compute = Compute()
+
+
+def merge_windows(features, windows):
+    """Returns [B, U, D]: the mean, in f32, of the patch features that form each visual token.
+
+    For a 2x2 window this is the reference's bilinear downsampling, bit for bit in bf16.
+
+    Args:
+      features: [B, P, D].
+      windows: i32[B, U, G] patch indices, -1 = none. A token with none gives 0.
+    """
+    B, U, G = windows.shape
+    index = jnp.maximum(windows, 0).reshape(B, U * G, 1)
+    x = jnp.take_along_axis(features, index, axis=1).reshape(B, U, G, -1)
+    x = jnp.where((windows >= 0)[..., None], x.astype(jnp.float32), 0)
+    count = jnp.maximum((windows >= 0).sum(-1, keepdims=True), 1)
+    return (x.sum(2) / count).astype(features.dtype)
+
+
+def place_tokens(text, visual, source):
+    """Returns [B, T, D]: visual tokens where the text left room for them.
+
+    Args:
+      text: [B, T, D] embedded tokens, arbitrary at visual slots.
+      visual: [B, U, D].
+      source: i32[B, T] index into U, or -1 for text.
+    """
+    picked = jnp.take_along_axis(visual, jnp.maximum(source, 0)[..., None], axis=1)
+    return jnp.where((source >= 0)[..., None], picked, text)
+
+
+class VLM(nnx.Module):
+    """Vision tower, connector and decoder under `vision`, `connector`, `llm`."""
+
+    def __init__(self, cfg, *, rngs):
+        self.cfg = cfg
+        self.vision = ViT(cfg.vision, rngs=rngs)
+        self.connector = MLP(cfg.connector, cfg.vision.width, cfg.llm.width, rngs=rngs)
+        self.llm = Decoder(cfg.llm, rngs=rngs)
+
+    def encode(self, batch):
+        """Returns visual tokens [B, U, D]: only the windows that were kept reach the connector."""
+        c = self.cfg.compute
+        features = self.vision(
+            batch.patches,
+            batch.patch_coords,
+            batch.patch_segments,
+            dtype=jnp.dtype(c.dtype),
+            attention=AttentionSpec(c.attention, c.vision_block),
+            remat=c.remat,
+        )
+        return self.connector(merge_windows(features, batch.windows))
+
+    def embed(self, batch, visual):
+        """Returns decoder inputs [B, T, D]; visual is None for a text-only batch."""
+        text = self.llm.embed(batch.tokens, jnp.dtype(self.cfg.compute.dtype))
+        return text if visual is None else place_tokens(text, visual, batch.source)
+
+    def decode(self, x, batch):
+        """Returns hidden states [B, T, D] of packed rows."""
+        c = self.cfg.compute
+        spec = AttentionSpec(c.attention, c.llm_block)
+        return self.llm(x, batch.positions, batch.segments, attention=spec, remat=c.remat)[0]
+
+    def __call__(self, batch):
+        """Returns hidden states [B, T, D]; a batch without patch slots runs no vision tower."""
+        visual = self.encode(batch) if batch.patches.shape[1] else None
+        return self.decode(self.embed(batch, visual), batch)
+
+    def logits(self, batch):
+        """Returns f32[B, T, V] at every position; training uses `kernels.cross_entropy` instead."""
+        return self.llm.logits(self(batch))
