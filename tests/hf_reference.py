@@ -17,7 +17,7 @@ logging.disable_progress_bar()
 
 needs_torchvision = pytest.mark.skipif(
     not TORCHVISION,
-    reason="the video processor of transformers needs it: pip install --no-deps torchvision==0.28.0",
+    reason="transformers' video processor needs it: pip install --no-deps torchvision==0.28.0",
 )
 
 VOCAB = 271  # a byte tokenizer and a few rows that no token uses

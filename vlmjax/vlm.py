@@ -10,6 +10,7 @@ a row.
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -93,15 +94,17 @@ class VLM(nnx.Module):
     def encode(self, batch):
         """Returns visual tokens [B, U, D]: only the windows that were kept reach the connector."""
         c = self.cfg.compute
-        features = self.vision(
-            batch.patches,
-            batch.patch_coords,
-            batch.patch_segments,
-            dtype=jnp.dtype(c.dtype),
-            attention=AttentionSpec(c.attention, c.vision_block),
-            remat=c.remat,
-        )
-        return self.connector(merge_windows(features, batch.windows))
+        with jax.named_scope("vision"):
+            features = self.vision(
+                batch.patches,
+                batch.patch_coords,
+                batch.patch_segments,
+                dtype=jnp.dtype(c.dtype),
+                attention=AttentionSpec(c.attention, c.vision_block),
+                remat=c.remat,
+            )
+        with jax.named_scope("connector"):
+            return self.connector(merge_windows(features, batch.windows))
 
     def embed(self, batch, visual):
         """Returns decoder inputs [B, T, D]; visual is None for a text-only batch."""
@@ -112,7 +115,8 @@ class VLM(nnx.Module):
         """Returns hidden states [B, T, D] of packed rows."""
         c = self.cfg.compute
         spec = AttentionSpec(c.attention, c.llm_block)
-        return self.llm(x, batch.positions, batch.segments, attention=spec, remat=c.remat)[0]
+        with jax.named_scope("llm"):
+            return self.llm(x, batch.positions, batch.segments, attention=spec, remat=c.remat)[0]
 
     def __call__(self, batch):
         """Returns hidden states [B, T, D]; a batch without patch slots runs no vision tower."""

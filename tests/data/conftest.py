@@ -1,4 +1,4 @@
-"""Fixtures of the host-side tests: golden files, a byte tokenizer and small videos whose frames carry a number."""
+"""Golden files, a byte tokenizer and small videos whose frames show their number."""
 
 import json
 import os
@@ -8,12 +8,12 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from numbered_frame import SIDE, numbered_frame
 
 from vlmjax.data.processor import Processor, ProcessorConfig
 from vlmjax.data.tokenizer import byte_tokenizer
 
 GOLDENS = Path(os.environ.get("VLMJAX_GOLDENS", Path(__file__).parents[1] / "goldens"))
-SIDE = 64  # of a video frame: 4 x 4 blocks, each a bit of the frame number
 
 
 @pytest.fixture(scope="session")
@@ -40,24 +40,12 @@ def make_processor(tokenizer):
     return lambda **config: Processor(ProcessorConfig(**config), tokenizer)
 
 
-def numbered_frame(number):
-    """Returns u8[64, 64, 3] showing the 16 bits of a number as black and white blocks."""
-    bits = np.array([(number >> k) & 1 for k in range(16)], np.uint8).reshape(4, 4)
-    return np.repeat(np.kron(bits * 255, np.ones((16, 16), np.uint8))[..., None], 3, axis=2)
-
-
-def frame_number(frame):
-    """Returns the number a decoded frame shows."""
-    blocks = np.asarray(frame)[..., 0].reshape(4, 16, 4, 16).mean((1, 3)).ravel() > 127
-    return int(sum(1 << k for k, bit in enumerate(blocks) if bit))
-
-
 @pytest.fixture(scope="session")
 def make_video(tmp_path_factory):
     """Writes frames numbered 0, 1, ... at the given times (in 1/1000 s) and returns the path."""
     folder = tmp_path_factory.mktemp("videos")
 
-    def make(name, times, codec="libx264", gop=12, step=40):
+    def make(name, times, codec="libx264", gop=12, step=40, **options):
         path = folder / name
         if path.exists():
             return path
@@ -66,6 +54,7 @@ def make_video(tmp_path_factory):
             stream.width = stream.height = SIDE
             stream.pix_fmt = "yuv420p"
             stream.codec_context.gop_size = gop
+            stream.options = options
             stream.codec_context.time_base = Fraction(1, 1000)
             for number, time in enumerate(times):
                 frame = av.VideoFrame.from_ndarray(numbered_frame(number), format="rgb24")

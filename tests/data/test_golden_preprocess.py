@@ -95,7 +95,9 @@ def test_golden_diffp_through_the_processor(golden, make_processor):
     z, meta = golden("diffp")
     video = z["in/video_0"]
     times = [float(k) for k in range(len(video))]
-    messages = [{"role": "user", "content": [{"type": "video", "video": video, "timestamps": times}]}]
+    messages = [
+        {"role": "user", "content": [{"type": "video", "video": video, "timestamps": times}]}
+    ]
     sample = make_processor(min_visual_tokens=1).prompt(messages)
     np.testing.assert_array_equal([i.keep for i in sample.items], z["out/mask_0"])
     assert sample.visual.sum() == z["out/mask_0"].sum()

@@ -1,4 +1,4 @@
-"""Chat rendering, tokens, labels and annotation records against the files made with the original code."""
+"""Chat rendering, tokens, labels and annotations against files made with the original code."""
 
 import json
 from collections import Counter
@@ -9,7 +9,14 @@ import pytest
 from vlmjax.data import annotation, chat
 from vlmjax.data.tokenizer import byte_tokenizer
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<|stream_start|>", "<|stream_end|>")
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<image>",
+    "<|stream_start|>",
+    "<|stream_end|>",
+)
 TOKENS = dict(image_token="<image>", video_token="<image>")
 
 
@@ -64,11 +71,11 @@ def test_golden_balanced_decisions(golden, golden_tokenizer, case):
         again = chat.encode(messages, counts, golden_tokenizer, **TOKENS, seed=seed).labels
         np.testing.assert_array_equal(found, again)
         kept.add(found.tobytes())
-    assert len(kept) == (4 if case == 7 else 1) or case == 7 and len(kept) > 1
+    assert (len(kept) > 1) == (case == 7)  # one surplus decision of four, or none
 
 
 def bare(messages):
-    """Returns golden or own messages without paths and absolute times, frame times under one key."""
+    """Returns messages without paths and absolute times, frame times under one key."""
     out = []
     for message in messages:
         content = message["content"]

@@ -41,6 +41,10 @@ def check_messages(messages: Sequence[dict]) -> None:
     if not messages:
         raise ValueError("the record has no messages: give at least one user message")
     for number, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise ValueError(
+                f"message {number} is a {type(message).__name__}: give role and content"
+            )
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise ValueError(
@@ -53,7 +57,7 @@ def check_messages(messages: Sequence[dict]) -> None:
                 f"message {number} has content of type {type(content).__name__}: give text or parts"
             )
         for part in content:
-            kind = part.get("type")
+            kind = part.get("type") if isinstance(part, dict) else part
             if kind not in ("text", "image", "video"):
                 raise ValueError(
                     f"message {number} has a part of type {kind!r}: use text, image or video"
@@ -62,6 +66,8 @@ def check_messages(messages: Sequence[dict]) -> None:
                 raise ValueError(
                     f"message {number} has a text part without its text: give a string"
                 )
+            if not isinstance(part.get("time", 0), (int, float, np.number, type(None))):
+                raise ValueError(f"message {number} has time {part['time']!r}: give seconds")
             if kind != "text" and role in ("system", "assistant"):
                 raise ValueError(
                     f"message {number} ({role}) holds a {kind}: move it to a user or stream message"

@@ -12,12 +12,13 @@ import io
 import struct
 import warnings
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 89_000_000  # below Pillow's own warning limit of 89.5 million
 MAX_ASPECT = 200
 
@@ -63,11 +64,9 @@ def image_size(source) -> tuple[int, int]:
         _check_array(source)
         height, width = source.shape[:2]
         return height, width
-    image, name = _open(source)
-    check_size(image.height, image.width, name)
-    if not isinstance(source, Image.Image):
-        image.close()
-    return image.height, image.width
+    with _opened(source) as (image, name):
+        check_size(image.height, image.width, name)
+        return image.height, image.width
 
 
 def load_image(source) -> Image.Image:
@@ -75,18 +74,16 @@ def load_image(source) -> Image.Image:
     if isinstance(source, np.ndarray):
         _check_array(source)
         return Image.fromarray(source)
-    image, name = _open(source)
-    check_size(image.height, image.width, name)
-    try:
+    with _opened(source) as (image, name):
+        check_size(image.height, image.width, name)
+        try:
+            image.load()
+        except _DECODE_ERRORS as error:
+            raise ValueError(
+                f"{name} cannot be decoded ({error}), whole files are needed: it is damaged or "
+                "truncated; fetch it again or drop the record"
+            ) from error
         return _to_rgb(image, name)
-    except _DECODE_ERRORS as error:
-        raise ValueError(
-            f"{name} cannot be decoded ({error}): it is damaged or truncated; fetch it again or "
-            "drop the record"
-        ) from error
-    finally:
-        if not isinstance(source, Image.Image):
-            image.close()
 
 
 def _check_array(array: np.ndarray) -> None:
@@ -98,35 +95,37 @@ def _check_array(array: np.ndarray) -> None:
     check_size(*array.shape[:2], "image array")
 
 
-def _open(source) -> tuple[Image.Image, str]:
-    """Returns the image with only its header read, and its name for messages."""
+@contextmanager
+def _opened(source):
+    """Gives (image with only its header read, its name for messages) and closes what it opened."""
     if isinstance(source, Image.Image):
-        return source, "PIL image"
-    if isinstance(source, bytes):
-        file, name = io.BytesIO(source), f"image of {len(source)} bytes"
-    elif isinstance(source, (str, Path)):
-        file, name = check_path(source, "image"), f"image {str(source)!r}"
-    else:
+        yield source, "PIL image"
+        return
+    if not isinstance(source, (bytes, str, Path)):
         raise ValueError(
             f"image source is a {type(source).__name__}; give a path, bytes, a PIL image or an "
             "array uint8[h, w, 3]"
         )
-    try:
-        return Image.open(file, formats=FORMATS), name
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(
-            f"{name} is too large ({error}), at most {MAX_PIXELS} pixels: shrink the file"
-        ) from error
-    except _DECODE_ERRORS as error:
-        raise ValueError(
-            f"{name} is not a readable image ({error}); allowed formats are {', '.join(FORMATS)}: "
-            "convert it"
-        ) from error
+    encoded = isinstance(source, bytes)
+    name = f"image of {len(source)} bytes" if encoded else f"image {str(source)!r}"
+    with io.BytesIO(source) if encoded else open(check_path(source, "image"), "rb") as file:
+        try:
+            image = Image.open(file, formats=FORMATS)
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise ValueError(
+                f"{name} is too large ({error}), at most {MAX_PIXELS} pixels: shrink the file"
+            ) from error
+        except _DECODE_ERRORS as error:
+            raise ValueError(
+                f"{name} is not a readable image ({error}); allowed formats are "
+                f"{', '.join(FORMATS)}: convert it"
+            ) from error
+        yield image, name
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """Returns the 8-bit RGB form of a decoded image."""
     if image.mode == "RGB":
-        image.load()
         return image
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")

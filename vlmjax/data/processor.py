@@ -117,7 +117,7 @@ class Processor:
             fps=config.fps,
             sampling=config.frame_sampling,
         )
-        sizes = self._sizes(media)
+        sizes = self.sizes(media)
         frames = [self._items(medium, size) for medium, size in zip(media, sizes, strict=True)]
         items = tuple(frames[medium][frame] for medium, frame in slots)
         tokens, labels, visual = chat.encode(
@@ -141,7 +141,7 @@ class Processor:
     def _merge(self, medium: Medium) -> int:
         return self.config.video_merge if medium.is_video else self.config.image_merge
 
-    def _sizes(self, media: list[Medium]) -> list[tuple[int, int]]:
+    def sizes(self, media: list[Medium]) -> list[tuple[int, int]]:
         """Returns the resized (height, width) of each medium; ValueError over the budget."""
         if not media:
             return []

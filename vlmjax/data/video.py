@@ -23,10 +23,7 @@ import numpy as np
 from vlmjax.data.image import check_path, check_size
 from vlmjax.data.sampling import SAMPLERS
 
-CONTAINERS = (
-    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,h264,hevc,"
-    "m4v,ivf,nut,mjpeg"
-)
+CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,ivf,nut"
 
 
 class Limits(NamedTuple):
@@ -197,6 +194,8 @@ def _opened(path: Path, limits: Limits):
             context.options = {"max_pixels": str(limits.pixels)}
             context.thread_count = 1  # loaders run many workers
             yield container, stream
+    except av.error.ExitError as error:
+        raise _too_slow(path, limits) from error
     except av.error.FFmpegError as error:
         raise ValueError(
             f"video {str(path)!r} cannot be read ({error.strerror}); its content is "
@@ -257,11 +256,14 @@ def _empty(path: Path) -> ValueError:
 
 def _check_deadline(stop: float, path: Path, limits: Limits) -> None:
     if time.monotonic() > stop:
-        raise ValueError(
-            f"video {str(path)!r} took longer than {limits.deadline:g} s to read: shorten it, "
-            "re-encode it with more "
-            "key frames or raise the deadline"
-        )
+        raise _too_slow(path, limits)
+
+
+def _too_slow(path: Path, limits: Limits) -> ValueError:
+    return ValueError(
+        f"video {str(path)!r} took longer than {limits.deadline:g} s to read: shorten it, "
+        "re-encode it with more key frames or raise the deadline"
+    )
 
 
 def _decode(container, stream, path: Path, limits: Limits, runs: frozenset[int] | None = None):

@@ -1,6 +1,6 @@
 """Hugging Face directories: configs, weights and processors from them, whole models to them."""
 
-from vlmjax.hf.config import read_config, read_module_config
+from vlmjax.hf.config import read_config, read_max_position, read_module_config
 from vlmjax.hf.export import save_pretrained
 from vlmjax.hf.processor import load_processor
 from vlmjax.hf.weights import load_module, load_params
@@ -10,6 +10,7 @@ __all__ = [
     "load_params",
     "load_processor",
     "read_config",
+    "read_max_position",
     "read_module_config",
     "save_pretrained",
 ]

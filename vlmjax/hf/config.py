@@ -56,7 +56,7 @@ TEXT_DEFAULTS = {
     },
 }
 ROPE_THETA = 10_000.0
-ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh"}
+ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 
 
 def read_config(directory) -> VLMConfig:
@@ -69,19 +69,25 @@ def read_config(directory) -> VLMConfig:
     )
 
 
+def read_max_position(directory) -> int | None:
+    """The longest sequence that a full checkpoint says it takes, None if it says nothing."""
+    raw = json.loads((Path(directory) / CONFIG).read_text())
+    return (raw.get("text_config") or raw).get("max_position_embeddings")
+
+
 def read_module_config(directory, module: str) -> ViTConfig | MLPConfig | DecoderConfig:
     """The configuration of one module (vision, connector or llm) in any supported directory."""
     file = Path(directory) / CONFIG
     if not file.is_file():
         raise ValueError(
             f"{directory} has no {CONFIG}; a checkpoint is a directory with one; point to such a "
-            f"directory"
+            "directory"
         )
     sections = _sections(json.loads(file.read_text()), file)
     if module not in sections:
         raise ValueError(
             f"{file} describes {', '.join(sections)} and not {module!r}; whole models have vision, "
-            f"connector and llm; "
+            "connector and llm; "
             "name a module it holds or another directory"
         )
     return PARSERS[module](sections[module], file)
@@ -93,7 +99,7 @@ def _sections(raw: dict, file: Path) -> dict[str, dict]:
     if raw.get("quantization_config"):
         raise ValueError(
             f"{file} is of a quantised model; only float weights are read; use the original "
-            f"checkpoint"
+            "checkpoint"
         )
     if kind == "video_llama_3":
         text = {"model_type": "qwen2", **raw.get("text_config", {})}
@@ -123,16 +129,16 @@ def _sections(raw: dict, file: Path) -> dict[str, dict]:
         return {"llm": raw}
     raise ValueError(
         f"{file} has model_type {kind!r}; supported are video_llama_3, videollama3_qwen2, siglip, "
-        f"siglip_vision_model, "
+        "siglip_vision_model, "
         f"video_llama_3_vision, videollama3_vision_encoder, {', '.join(TEXT_DEFAULTS)}; convert "
-        f"the checkpoint to one of them"
+        "the checkpoint to one of them"
     )
 
 
 def _vision(section: dict, file: Path) -> ViTConfig:
     c = VISION_DEFAULTS | section
     if c["hidden_act"] not in ACTIVATIONS:
-        _need(c, file, "hidden_act", next(iter(ACTIVATIONS)))
+        _need(c, file, "hidden_act", " or ".join(ACTIVATIONS))
     _need(c, file, "num_channels", 3)
     _need(c, file, "attention_dropout", 0)
     patch = c["patch_size"]
@@ -142,7 +148,7 @@ def _vision(section: dict, file: Path) -> ViTConfig:
         if sides:
             raise ValueError(
                 f"{file} has patch_size {c['patch_size']}; patches are square; use another "
-                f"checkpoint"
+                "checkpoint"
             )
     return ViTConfig(
         width=c["hidden_size"],
@@ -173,7 +179,7 @@ def _llm(section: dict, file: Path) -> DecoderConfig:
     if c.get("use_sliding_window") or "sliding_attention" in (c.get("layer_types") or ()):
         raise ValueError(
             f"{file} turns sliding window attention on; every layer attends fully here; use a "
-            f"checkpoint without it"
+            "checkpoint without it"
         )
     heads = c["num_attention_heads"]
     return DecoderConfig(
@@ -196,15 +202,15 @@ PARSERS = {"vision": _vision, "connector": _connector, "llm": _llm}
 
 def _rope_theta(c: dict, file: Path, kinds: tuple[str, ...]) -> float:
     """The base frequency: in rope_parameters (transformers 5), or beside rope_scaling (4)."""
-    rope = (c.get("rope_parameters") or {}) | (c.get("rope_scaling") or {})
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    factor = rope.get("partial_rotary_factor", c.get("partial_rotary_factor", 1.0))
-    if kind not in kinds or factor != 1.0:
-        raise ValueError(
-            f"{file} has rope settings {rope}; supported are the types {', '.join(kinds)}, "
-            f"unscaled, over the whole head; "
-            "use a checkpoint without rope scaling"
-        )
+    written = [c[name] for name in ("rope_parameters", "rope_scaling") if c.get(name)]
+    rope = {"partial_rotary_factor": c.get("partial_rotary_factor", 1.0)}
+    for part in written:
+        rope |= part | {"rope_type": part.get("rope_type", part.get("type", "default"))}
+        if rope["rope_type"] not in kinds or rope["partial_rotary_factor"] != 1.0:
+            raise ValueError(
+                f"{file} has rope settings {part}; supported are the types {', '.join(kinds)}, "
+                "unscaled, over the whole head; use a checkpoint without rope scaling"
+            )
     return float(rope.get("rope_theta", c.get("rope_theta", ROPE_THETA)))
 
 
@@ -212,7 +218,7 @@ def _need(c: dict, file: Path, name: str, value):
     if c.get(name) != value:
         raise ValueError(
             f"{file} has {name}={c.get(name)!r}; supported is {value!r}; use a checkpoint with "
-            f"that setting"
+            "that setting"
         )
 
 

@@ -44,11 +44,11 @@ output = model.generate(**inputs, max_new_tokens=128)
 print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
 
-Pictures are cut into {patch}x{patch} patches; an image merges {image_merge}x{image_merge} and a
-video frame {video_merge}x{video_merge} of them into a token, at most {max_visual_tokens} tokens in
-all. In training that budget was shared by all images and frames of a sample; transformers applies
-it to each image and each video by itself, which differs only for samples above the budget. Regions
-of a video frame that did not change since the frame before are {pruned}. """
+Pictures are cut into patches of {patch}x{patch}. An image merges {image_merge}x{image_merge} of them into a token, a video
+frame {video_merge}x{video_merge}, at most {max_visual_tokens} tokens in all. In training all images and frames of a sample
+share that budget; transformers grants it to each image and each video, which differs for samples
+above it. Regions of a video frame that did not change since the frame before are {pruned}.
+"""  # noqa: E501
 
 
 def save_pretrained(
@@ -96,27 +96,35 @@ def save_pretrained(
     }
     _write(out_dir / "generation_config.json", stops | dict(generation or {"do_sample": False}))
     write_processor(out_dir, tokenizer, processor_config)
+    facts = {"parameters": sum(t.size for t in tensors), "dtype": " and ".join(kinds)}
+    name = model_name or out_dir.resolve().name
+    (out_dir / "README.md").write_text(_card(name, facts, processor_config, card or {}))
+    return out_dir
+
+
+def _card(name: str, facts: dict, config: ProcessorConfig, more: Mapping) -> str:
+    """The model card; its front matter is YAML, of which JSON values are a part."""
     front = {
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text",
         "tags": ["vlmjax", "video_llama_3"],
+        **more,
     }
-    front |= dict(card or {})
-    text = CARD.format(
-        front="\n".join(
-            f"{key}: {json.dumps(value)}" for key, value in front.items()
-        ),  # JSON is YAML
-        name=model_name or out_dir.resolve().name,
-        parameters=sum(t.size for t in tensors),
-        dtype=" and ".join(kinds),
-        patch=processor_config.patch,
-        image_merge=processor_config.image_merge,
-        video_merge=processor_config.video_merge,
-        max_visual_tokens=processor_config.max_visual_tokens,
-        pruned="dropped (DiffFP)" if processor_config.compression else "kept",
+    pruned = "kept"
+    if config.compression:
+        ours, theirs = (config.threshold, config.min_kept), (0.1, 1)  # fixed in transformers
+        same = "as in transformers" if ours == theirs else f"where transformers uses {theirs}"
+        pruned = f"dropped (DiffFP, threshold and fewest tokens {ours}, {same})"
+    return CARD.format(
+        front="\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items()),
+        name=name,
+        patch=config.patch,
+        image_merge=config.image_merge,
+        video_merge=config.video_merge,
+        max_visual_tokens=config.max_visual_tokens,
+        pruned=pruned,
+        **facts,
     )
-    (out_dir / "README.md").write_text(text)
-    return out_dir
 
 
 def _token_ids(cfg: VLMConfig, tokenizer: Tokenizer) -> dict[str, int]:
@@ -124,8 +132,7 @@ def _token_ids(cfg: VLMConfig, tokenizer: Tokenizer) -> dict[str, int]:
     if tokenizer.size > cfg.llm.vocab:
         raise ValueError(
             f"the tokenizer has {tokenizer.size} tokens and the embedding {cfg.llm.vocab} rows; "
-            f"every token needs a row; "
-            "export with the tokenizer the model was trained with"
+            "every token needs a row; export with the tokenizer the model was trained with"
         )
     return ids
 

@@ -70,7 +70,9 @@ def write_processor(directory, tokenizer: Tokenizer, config: ProcessorConfig):
     tokenizer_config = json.loads((directory / "tokenizer_config.json").read_text())
     tokenizer_config.pop("auto_map", None)  # of a tokenizer that came with trust_remote_code
     if tokenizer_config["tokenizer_class"] == "TokenizersBackend":
-        tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name in transformers 4
+        tokenizer_config["tokenizer_class"] = (
+            "PreTrainedTokenizerFast"  # its name in transformers 4
+        )
     name = {"processor_class": "VideoLlama3Processor"}
     _write(directory / "tokenizer_config.json", tokenizer_config | name)
     (directory / TEMPLATE).write_text(CHAT_TEMPLATE)
@@ -84,7 +86,6 @@ def write_processor(directory, tokenizer: Tokenizer, config: ProcessorConfig):
         "use_token_compression": config.compression,
     }
     ours = dataclasses.asdict(config) | {"image_token": IMAGE_TOKEN, "video_token": VIDEO_TOKEN}
-    name = {"processor_class": "VideoLlama3Processor"}
     _write(directory / IMAGE, image | name)
     _write(directory / VIDEO, video | name)
     _write(
@@ -125,7 +126,7 @@ def load_processor(directory) -> tuple[Tokenizer, ProcessorConfig]:
     if not image:
         raise ValueError(
             f"{directory} has no {PROCESSOR} with an image_processor and no {IMAGE}; one of them "
-            f"says how pixels are prepared; "
+            "says how pixels are prepared; "
             "copy it beside the weights"
         )
     _need_half(image, directory)
@@ -195,7 +196,7 @@ def _need_half(image: dict, directory: Path):
         if any(value != 0.5 for value in image.get(name) or [None]):
             raise ValueError(
                 f"{directory} normalises pixels with {name}={image.get(name)}; the model is fed "
-                f"with mean and std 0.5; "
+                "with mean and std 0.5; "
                 "use the preprocessor_config.json of the released model"
             )
 

@@ -3,7 +3,7 @@
 The format is 8 bytes of little-endian header length, a JSON header `{name: {"dtype", "shape",
 "data_offsets"}}` and the raw bytes. Both directions are written out here because the `safetensors`
 package wants every tensor of a file in memory before it writes, and because bf16 has to come back
-as `ml_dtypes.bfloat16`. Reading is a memory map: a tensor costs memory only when it is touched. """
+as `ml_dtypes.bfloat16`. Reading is a memory map: a tensor costs memory only when it is touched."""
 
 import json
 import math
@@ -93,7 +93,7 @@ def read_header(file: Path) -> dict[str, Stored]:
         if not 2 <= length <= min(size - 8, MAX_HEADER_SIZE):
             raise ValueError(
                 f"{file} declares a header of {length} bytes in a file of {size}; a safetensors "
-                f"header ends inside its file; "
+                "header ends inside its file; "
                 "the file is truncated or of another format: copy it again"
             )
         header = json.loads(f.read(length))
@@ -128,7 +128,7 @@ def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
         )
         raise ValueError(
             f"{directory} holds {found}; weights are read from {SINGLE} or {INDEX} only, never "
-            "from pickles; point to a safetensors checkpoint or convert it with save_pretrained of transformers"
+            "from pickles; point to a safetensors checkpoint or convert it with transformers"
         )
     files = {}
     for name, file in json.loads((directory / INDEX).read_text())["weight_map"].items():
@@ -224,10 +224,6 @@ def _write_file(path: Path, tensors: list[Tensor]):
     with path.open("wb") as f:
         f.write(len(encoded).to_bytes(8, "little") + encoded)
         for t in tensors:
-            values = np.ascontiguousarray(t.make())
-            assert (values.shape, values.dtype) == (t.shape, t.dtype), (
-                t.name,
-                values.shape,
-                values.dtype,
-            )
-            f.write(values.reshape(-1).view(np.uint8).data)
+            values = t.make()
+            assert (values.shape, values.dtype) == (t.shape, t.dtype), t.name
+            f.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)

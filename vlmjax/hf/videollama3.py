@@ -142,9 +142,9 @@ def find_layout(keys: Iterable[str]) -> str:
             return name
     raise ValueError(
         f"unknown checkpoint layout with {len(keys)} keys such as {', '.join(sorted(keys)[:5])}; "
-        f"known layouts and the key each is "
+        "known layouts and the key each is "
         f"told by: {', '.join(f'{n} ({x.marker})' for n, x in LAYOUTS.items())}; convert the "
-        f"checkpoint to one of them"
+        "checkpoint to one of them"
     )
 
 
@@ -178,7 +178,7 @@ def rows(cfg: VLMConfig, layout: str, modules: Iterable[str] = MODULES) -> list[
     if cfg.connector.layers != 2:
         raise ValueError(
             f"the connector has {cfg.connector.layers} layers; the VideoLLaMA3 projector in "
-            f"checkpoints has exactly 2; "
+            "checkpoints has exactly 2; "
             "set connector layers=2"
         )
     tables = {"vision": VISION, "connector": CONNECTOR, "llm": LLM + QKV_BIAS * cfg.llm.qkv_bias}

@@ -81,7 +81,7 @@ def _check_config(directory, cfg: VLMConfig, modules):
     if problems:
         raise ValueError(
             f"{directory}/{CONFIG} disagrees with the configuration: {'; '.join(problems)}; "
-            f"weights are only meaningful with the "
+            "weights are only meaningful with the "
             "settings they were trained with; change the configuration or load another checkpoint"
         )
 
@@ -114,7 +114,7 @@ def _check_tensors(
         if not np.array_equal(tensors.read(HEAD[1]), embedding):
             wrong.append(
                 f"{HEAD[1]} differs from the embedding although the model is tied: set tie=False "
-                f"to use it"
+                "to use it"
             )
     _fail(
         f"{tensors.directory} (layout {layout!r}) does not fit the configuration",

@@ -118,7 +118,8 @@ def train(config, workdir, tensorboard=False):
         objective = choose(OBJECTIVES, run.objective, "objective")
         state, position = make_state(run, shapes, axes, lrs, optimizer, mesh, workdir)
         step_fn = make_train_step(graphdef, objective, optimizer, run.train.accumulate)
-        train_step = jax.jit(step_fn, donate_argnums=0)
+        placed = jax.tree.map(lambda x: x.sharding, state)
+        train_step = jax.jit(step_fn, donate_argnums=0, out_shardings=(placed, None))
 
         start = int(state.step)
         stream, processor = build.make_data(run)

@@ -1,0 +1,136 @@
+"""Packing: the layout of a batch, weights, resuming, determinism."""
+
+import numpy as np
+import pytest
+
+from vlmjax.batch import Budget
+from vlmjax.data.pack import check_fits, first_fit, pack, window_coords
+from vlmjax.data.sample import Item, Sample
+from vlmjax.data.stream import Mixture, packed_batches, prefetch
+
+BUDGET = Budget(24, 16, 8, 4)
+
+
+def make_sample(number, merge=1, grid=(2, 2), text=5, keep=None):
+    count = grid[0] * grid[1] // merge**2
+    keep = np.ones(count, bool) if keep is None else np.asarray(keep)
+    patches = np.full((grid[0] * grid[1], 12), number % 256, np.uint8)
+    visual = np.zeros(int(keep.sum()) + text, bool)
+    visual[1 : 1 + int(keep.sum())] = True
+    tokens = np.where(visual, 99, np.arange(len(visual))).astype(np.int32)
+    labels = np.where(np.arange(len(visual)) >= len(visual) - 3, tokens, -100).astype(np.int32)
+    return Sample(str(number), tokens, labels, (Item(patches, grid, merge, keep),), visual)
+
+
+def test_layout_of_a_row():
+    one = make_sample(7, merge=2, grid=(2, 4), keep=[False, True])
+    two = make_sample(9, merge=1, grid=(1, 2))
+    batch, stats = pack([[one, two]], BUDGET, 12)
+    np.testing.assert_array_equal(batch.segments[0, :14], [1] * 6 + [2] * 7 + [0])
+    np.testing.assert_array_equal(batch.positions[0, :13], [*range(6), *range(7)])
+    np.testing.assert_array_equal(batch.source[0, :10], [-1, 0, -1, -1, -1, -1, -1, 1, 2, -1])
+    np.testing.assert_array_equal(batch.patch_segments[0, :11], [1] * 8 + [2] * 2 + [0])
+    np.testing.assert_array_equal(batch.windows[0, :3], [[4, 5, 6, 7], [8, -1, -1, -1], [9, -1, -1, -1]])
+    np.testing.assert_array_equal(batch.patch_coords[0, 4:8], [[0, 2], [0, 3], [1, 2], [1, 3]])
+    # labels are shifted: the loss at a slot predicts the next token, and never the first of the next sample
+    np.testing.assert_array_equal(np.nonzero(batch.weights[0])[0], [2, 3, 4, 9, 10, 11])
+    np.testing.assert_array_equal(batch.targets[0, [2, 3, 4]], one.tokens[3:6])
+    assert (stats.visual, stats.visual_before_pruning, stats.patch_pairs) == (3, 4, 64 + 4)
+    assert stats.token_pairs == 36 + 49
+
+
+@pytest.mark.parametrize("how", ["token", "sample", "sqrt"])
+def test_weights_sum_to_one(how):
+    short, long = make_sample(1), make_sample(2)
+    long.labels[1:] = long.tokens[1:]
+    batch, _ = pack([[short, long], []], BUDGET, 12, how)
+    share = batch.weights[0, :9].sum()
+    n = np.array([3, 8])
+    want = {"token": n / n.sum(), "sample": np.array([0.5, 0.5]), "sqrt": n**0.5 / (n**0.5).sum()}[how]
+    assert batch.weights.sum() == pytest.approx(1)
+    assert share == pytest.approx(want[0])
+
+
+def test_unknown_normalisation():
+    with pytest.raises(ValueError, match="choose one of"):
+        pack([[]], BUDGET, 12, "mean")
+
+
+def test_window_major_order():
+    np.testing.assert_array_equal(
+        window_coords(2, 4, 2), [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3]]
+    )
+
+
+def test_first_fit_takes_the_first_row_with_room():
+    assert first_fit([(20, 1, 1), (10, 1, 1), (4, 1, 1), (24, 1, 1)], 2, BUDGET) == [0, 1, 0, None]
+
+
+def test_a_sample_that_fits_no_row_is_refused_with_the_numbers():
+    with pytest.raises(ValueError, match=r"'3' has 20 patches \(row budget 16\), 20 visual tokens .*never cut"):
+        check_fits(make_sample(3, grid=(4, 5), text=4), BUDGET)
+
+
+def test_placeholder_count_must_match():
+    sample = make_sample(3)
+    sample.visual[-1] = True
+    with pytest.raises(ValueError, match="5 placeholders for 4 visual tokens"):
+        check_fits(sample, BUDGET)
+
+
+class Numbers:
+    """Records without end."""
+
+    def __getitem__(self, index):
+        return {"id": index}
+
+
+def process(record):
+    rng = np.random.default_rng(record["id"])
+    return make_sample(record["id"], grid=(1, int(rng.integers(1, 7))), text=int(rng.integers(4, 12)))
+
+
+def stream(position=None):
+    mixture = Mixture([Numbers()], [1.0], seed=0)
+    return packed_batches(
+        mixture, process, BUDGET, 2, pool=12, patch_dim=12, normalisation="token", position=position
+    )
+
+
+def test_nothing_is_lost_and_nothing_comes_twice():
+    ids = [int(i) for _, packed in zip(range(60), stream(), strict=False) for i in packed.ids]
+    assert len(ids) == len(set(ids))
+    assert set(range(max(ids) - 60)) <= set(ids)  # whatever is still waiting was drawn recently
+
+
+def test_resumed_stream_equals_the_uninterrupted_one():
+    whole = [p for _, p in zip(range(12), stream(), strict=False)]
+    rest = [p for _, p in zip(range(5), stream(whole[6].position), strict=False)]
+    for a, b in zip(whole[7:], rest, strict=True):
+        assert a.ids == b.ids and a.position == b.position
+        for x, y in zip(a.batch, b.batch, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+def test_mixture_keeps_proportions_and_reads_epochs():
+    class Ten(list):
+        pass
+
+    small = Ten({"id": f"s{i}"} for i in range(10))
+    mixture = Mixture([Numbers(), small], [3.0, 1.0], seed=5, round_size=16)
+    ids = [mixture[n]["id"] for n in range(160)]
+    drawn = [i for i in ids if isinstance(i, str)]
+    assert len(drawn) == 40 and all(drawn.count(f"s{i}") == 4 for i in range(10))
+    assert sorted(i for i in ids if not isinstance(i, str)) == list(range(120))
+    assert [mixture[n]["id"] for n in (150, 3)] == [ids[150], ids[3]]
+
+
+def test_an_error_in_the_data_thread_is_raised_here():
+    def bad():
+        yield 1
+        raise OSError("disk gone")
+
+    items = prefetch(bad())
+    assert next(items) == 1
+    with pytest.raises(OSError, match="disk gone"):
+        next(items)

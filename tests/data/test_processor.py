@@ -1,0 +1,189 @@
+"""The processor from record to sample: layout, budgets, streams and refusals."""
+
+import numpy as np
+import pytest
+from numbered_frame import frame_number
+from PIL import Image
+
+from vlmjax.data import annotation
+from vlmjax.data.processor import ProcessorConfig
+
+RNG = np.random.default_rng(1)
+IMAGE = RNG.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+FRAMES = RNG.integers(0, 256, (3, 56, 84, 3), dtype=np.uint8)
+
+
+def ask(*parts, answer="Yes."):
+    content = [*parts, {"type": "text", "text": "Really?"}]
+    messages = [{"role": "user", "content": content}]
+    return {
+        "id": 7,
+        "messages": messages + [{"role": "assistant", "content": answer}] * bool(answer),
+    }
+
+
+def picture(image=IMAGE, **extra):
+    return {"type": "image", "image": image, **extra}
+
+
+def clip(frames=FRAMES, times=(0, 1, 2)):
+    return {"type": "video", "video": frames, "timestamps": times}
+
+
+def test_text_only(make_processor, tokenizer):
+    sample = make_processor()(ask())
+    text = "<|im_start|>user\nReally?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>\n"
+    assert tokenizer.decode(sample.tokens, skip_special=False) == text
+    trained = sample.labels[sample.labels >= 0]
+    assert tokenizer.decode(trained, skip_special=False) == "Yes.<|im_end|>"
+    assert sample.id == "7" and sample.items == () and not sample.visual.any()
+    assert sample.tokens.dtype == sample.labels.dtype == np.int32
+
+
+def test_items_follow_the_text(make_processor, tokenizer):
+    small = RNG.integers(0, 256, (28, 70, 3), dtype=np.uint8)
+    sample = make_processor(min_visual_tokens=1)(ask(picture(), clip(), picture(small)))
+    assert [(i.grid, i.merge) for i in sample.items] == [
+        ((3, 3), 1),
+        *[((4, 6), 2)] * 3,
+        ((2, 5), 1),
+    ]
+    assert [len(i.patches) for i in sample.items] == [9, 24, 24, 24, 10]
+    assert sample.visual.sum() == sum(i.keep.sum() for i in sample.items) == 9 + 18 + 10
+    ids = sample.tokens[sample.visual]
+    image, video = tokenizer.id("<|image_pad|>"), tokenizer.id("<|video_pad|>")
+    assert ids.tolist() == [image] * 9 + [video] * 18 + [image] * 10
+    assert "Time 0.0s:,Time 1.0s:,Time 2.0s:\n\nReally?" in tokenizer.decode(sample.tokens)
+
+
+def test_prompt_is_the_start_of_the_record(make_processor):
+    process = make_processor()
+    whole, record = process(ask(clip(), picture())), ask(clip(), picture(), answer=None)
+    prompt = process.prompt(record["messages"])
+    np.testing.assert_array_equal(prompt.tokens, whole.tokens[: len(prompt.tokens)])
+    assert (prompt.labels == -100).all()
+    assert whole.labels[len(prompt.tokens)] == ord("Y")
+
+
+def test_static_video_keeps_one_token_a_frame(make_processor):
+    still = np.repeat(FRAMES[:1], 3, axis=0)
+    sample = make_processor(min_visual_tokens=1)(ask(clip(still)))
+    assert [i.keep.tolist() for i in sample.items[1:]] == [[True] + [False] * 5] * 2
+    assert all(len(i.patches) == 24 for i in sample.items)
+
+
+def test_video_files_match_their_frames(make_processor, make_video):
+    path = make_video("regular_clip.mp4", [40 * k for k in range(90)])
+    process = make_processor(min_visual_tokens=1, compression=False)
+    sample = process(ask({"type": "video", "video": path}))
+    assert [i.grid for i in sample.items] == [(4, 4)] * 3
+    large = make_processor(min_visual_tokens=1, patch=16, compression=False)
+    sample = large(ask({"type": "video", "video": path}))
+    for item, number in zip(sample.items, (24, 49, 74), strict=True):
+        windows = item.patches.reshape(2, 2, 2, 2, 3, 16, 16)
+        frame = windows.transpose(0, 2, 5, 1, 3, 6, 4).reshape(64, 64, 3)
+        assert frame_number(frame) == number
+    cut = process(ask({"type": "video", "video": path, "start_time": 1.0, "end_time": 3.0}))
+    assert len(cut.items) == 2
+    assert len(make_processor(max_frames=2)(ask({"type": "video", "video": path})).items) == 2
+
+
+def test_stream_annotation_end_to_end(make_processor, make_video, tokenizer):
+    path = make_video("long.mp4", [40 * k for k in range(25 * 40)], gop=25)
+    record = {
+        "stream": True,
+        "video": [path.name],
+        "start_time": 2.0,
+        "end_time": 9.0,
+        "conversation": [
+            {"role": "user", "content": "Tell me.", "time": 2.0},
+            {"role": "assistant", "content": "Now.", "time": 4.5},
+        ],
+    }
+    record = annotation.to_record(record, path.parent, id="s")
+    assert record["dropped_messages"] == 0
+    process = make_processor(min_visual_tokens=1)
+    sample = process(record)
+    text = tokenizer.decode(sample.tokens)
+    assert [text.count(f"Time {t}.0s: \n") for t in range(4)] == [1, 1, 1, 0]
+    assert len(sample.items) == 3 and all(i.merge == 2 for i in sample.items)
+    assert not all(i.keep.all() for i in sample.items)  # compared with the frame before
+    decisions = np.isin(
+        sample.labels, [tokenizer.id("<|stream_start|>"), tokenizer.id("<|im_start|>")]
+    )
+    assert decisions.sum() == 2  # of user, stream, speak: one per kind
+    np.testing.assert_array_equal(sample.labels, process(record).labels)
+
+
+def test_stream_sources_mix(make_processor, tmp_path):
+    path = tmp_path / "f.png"
+    Image.fromarray(FRAMES[1]).save(path)
+    sources = [FRAMES[0], path, Image.fromarray(FRAMES[2])]
+    stream = [{"role": "stream", "content": [picture(s, time=k)]} for k, s in enumerate(sources)]
+    process = make_processor(min_visual_tokens=1)
+    streamed, video = process({"id": "s", "messages": stream}), process(ask(clip()))
+    for a, b in zip(streamed.items, video.items, strict=True):
+        np.testing.assert_array_equal(a.patches, b.patches)
+        np.testing.assert_array_equal(a.keep, b.keep)
+
+
+@pytest.mark.parametrize(
+    "record,match",
+    [
+        ({"messages": []}, "'id' is missing"),
+        ({"id": "x"}, "'messages' is missing"),
+        (ask({"type": "image"}), "part of type 'image' has no 'image'"),
+        (ask(clip(times=(0, 1))), "3 frames and 2 timestamps"),
+        (ask(clip(FRAMES[:0], ())), r"video array is uint8\[0, 56, 84, 3\]"),
+        (ask(clip(FRAMES.astype(float))), r"video array is float64"),
+        (ask(clip(np.repeat(FRAMES, 61, 0), range(183))), "183 frames, max_frames is 180"),
+        (ask(picture("nothing.png")), "'nothing.png' is not a file"),
+        (ask(picture(np.zeros((1, 900, 3), np.uint8))), "aspect ratio"),
+        (ask(answer="x" * 40000), r"'7' has 4\d+ tokens \(0 visual\), max_length is 32768"),
+        (
+            {
+                "id": "s",
+                "messages": [{"role": "stream", "content": [picture(), picture(FRAMES[0])]}],
+            },
+            "stream frame 1 is 84x56, the first is 40x40",
+        ),
+        (
+            {"id": "s", "messages": [{"role": "stream", "content": [picture()] * 401}]},
+            "401 frames, max_stream_frames is 400",
+        ),
+    ],
+)
+def test_bad_records_are_refused(make_processor, record, match):
+    with pytest.raises(ValueError, match=match):
+        make_processor()(record)
+
+
+def test_visual_budget(make_processor):
+    process = make_processor(max_visual_tokens=40)
+    assert process(ask(picture(), picture())).visual.sum() == 32
+    with pytest.raises(ValueError, match="visual tokens needed: 48 .*max_visual_tokens is 40"):
+        process(ask(*[picture()] * 3))
+    own = make_processor(max_visual_tokens=40, resize="transformers")
+    assert own(ask(*[picture()] * 3)).visual.sum() == 48
+    thin = np.zeros((7, 800, 3), np.uint8)
+    with pytest.raises(ValueError, match="1 x 800x7 -> 0 tokens.*every image needs at least 1"):
+        make_processor(max_visual_tokens=200)(ask(clip(), picture(thin)))
+
+
+def test_prompts_must_leave_the_answer_out(make_processor):
+    with pytest.raises(ValueError, match="remove the answer"):
+        make_processor().prompt(ask()["messages"])
+
+
+@pytest.mark.parametrize(
+    "values,match",
+    [
+        (dict(resize="nearest"), "resize is 'nearest': use one of"),
+        (dict(frame_sampling="x"), "frame_sampling is 'x'"),
+        (dict(patch=0), "patch is 0"),
+        (dict(fps=0.0), "fps is 0.0"),
+    ],
+)
+def test_bad_configs_are_refused(values, match):
+    with pytest.raises(ValueError, match=match):
+        ProcessorConfig(**values)

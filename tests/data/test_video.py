@@ -1,0 +1,220 @@
+"""Frame choice against libavfilter's own fps filter, decoding, and refusals."""
+
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from numbered_frame import frame_number, numbered_frame
+
+from vlmjax.data.sampling import last_of_second, transformers
+from vlmjax.data.video import Limits, load_video, open_video, read_frames
+
+REGULAR = [40 * k for k in range(90)]  # 25 frames/s, 3.6 s
+IRREGULAR = list(np.cumsum([40, 40, 320, 80, 1600, 40, 120, 440] * 8).tolist())
+LATE = [7000 + t for t in REGULAR]
+TIMES = {"regular": REGULAR, "irregular": IRREGULAR, "late": LATE}
+
+
+def fps_filter(path, fps):
+    """Returns the frame numbers of ffmpeg's fps=FPS:round=down, times from the first frame."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        graph = av.filter.Graph()
+        source = graph.add_buffer(template=stream, time_base=stream.time_base)
+        rate, sink = graph.add("fps", f"fps={fps}:round=down"), graph.add("buffersink")
+        source.link_to(rate)
+        rate.link_to(sink)
+        graph.configure()
+        numbers, first = [], None
+        for frame in [*container.decode(stream), None]:
+            if frame is not None:
+                first = frame.pts if first is None else first
+                frame.pts -= first
+            graph.push(frame)
+            while True:
+                try:
+                    numbers.append(frame_number(graph.pull().to_ndarray(format="rgb24")))
+                except (av.error.BlockingIOError, av.error.EOFError):
+                    break
+    return numbers
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv"])
+@pytest.mark.parametrize("times", TIMES)
+@pytest.mark.parametrize("fps", [1, 2.5])
+def test_last_of_second_is_the_ffmpeg_filter(make_video, name, times, fps):
+    path = make_video(f"{times}_{name}", TIMES[times])
+    frames, stamps = load_video(path, fps=fps)
+    expected = fps_filter(path, fps)
+    assert [frame_number(f) for f in frames] == expected
+    start = 7.0 if times == "late" else TIMES[times][0] / 1000
+    np.testing.assert_allclose(stamps, start + np.arange(len(expected)) / fps, atol=2e-3)
+
+
+def test_last_of_second_documented_example(make_video):
+    frames, stamps = load_video(make_video("regular_clip.mp4", REGULAR))
+    assert [frame_number(f) for f in frames] == [24, 49, 74]
+    assert stamps.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "codec,name", [("mpeg4", "c.avi"), ("mpeg4", "c.mp4"), ("libx264", "c.ts")]
+)
+def test_other_containers(make_video, codec, name):
+    path = make_video(name, REGULAR, codec=codec)
+    assert [frame_number(f) for f in load_video(path)[0]] == [24, 49, 74]
+
+
+def test_only_runs_with_chosen_frames_are_decoded(make_video):
+    path = make_video("long.mp4", [40 * k for k in range(25 * 40)], gop=25)
+    video = open_video(path, max_frames=4)
+    assert len(video.runs) <= 8
+    expected = [24 + 25 * k for k in (0, 13, 26, 39)]
+    assert [frame_number(f) for f in read_frames(video)] == expected
+    assert video.timestamps == (0, 13, 26, 39)
+
+
+def test_pictures_that_refer_to_the_skipped_run(make_video):
+    options = {"x264-params": "open-gop=1:keyint=12:min-keyint=12:bframes=3:scenecut=0"}
+    path = make_video("open.mkv", REGULAR, **options)
+    choice = dict(fps=25, max_frames=90)
+    whole = open_video(path, **choice)
+    expected = dict(zip(whole.pts, read_frames(whole), strict=True))
+    for most in (2, 3, 5, 7, 11):
+        video = open_video(path, fps=25, max_frames=most)
+        for pts, frame in zip(video.pts, read_frames(video), strict=True):
+            np.testing.assert_array_equal(frame, expected[pts])
+
+
+def test_part_of_a_video(make_video):
+    path = make_video("regular_clip.mp4", REGULAR)
+    frames, stamps = load_video(path, fps=2, start=1.0, end=2.5)
+    assert stamps.tolist() == [1.0, 1.5, 2.0]
+    assert [frame_number(f) for f in frames] == [37, 49, 62]
+    with pytest.raises(ValueError, match="no frame between 50.0 s and None s.*correct the start"):
+        open_video(path, start=50.0)
+
+
+def test_more_frames_than_allowed_are_thinned_by_linspace():
+    times = [Fraction(k, 10) for k in range(2000)]
+    for most in (1, 7, 180, 199):
+        chosen, stamps = last_of_second(times, Fraction(200), fps=1, max_frames=most)
+        kept = np.linspace(0, 199, most, dtype=int)
+        assert chosen == (kept * 10 + 9).tolist() and stamps == kept.tolist()
+
+
+@pytest.mark.parametrize("total,rate", [(50, 25), (3, 25), (700, 30), (9000, 25)])
+def test_transformers_rule(total, rate):
+    times = [Fraction(k, rate) for k in range(total)]
+    chosen, stamps = transformers(
+        times, Fraction(total, rate), fps=1, max_frames=180, rate=Fraction(rate)
+    )
+    count = int(min(max(total / rate, 4), 180, total))
+    assert chosen == np.arange(0, total, total / count).astype(int)[:count].tolist()
+    np.testing.assert_allclose(stamps, np.array(chosen) / rate)
+
+
+def test_frames_are_read_upright(make_video, tmp_path):
+    path = make_video("regular_clip.mp4", REGULAR)
+    data = bytearray(path.read_bytes())
+    matrix = data.index(b"tkhd") + 4 + 40  # version 0: the display matrix
+    one = (1 << 16).to_bytes(4, "big")
+    minus, zero = (-(1 << 16)).to_bytes(4, "big", signed=True), bytes(4)
+    w = (1 << 30).to_bytes(4, "big")
+    data[matrix : matrix + 36] = b"".join([zero, one, zero, minus, zero, zero, zero, zero, w])
+    turned = tmp_path / "phone.mp4"
+    turned.write_bytes(data)
+    frames, _ = load_video(turned)  # a phone that was turned: players show it 90 degrees clockwise
+    back = np.rot90(frames[0], 1)
+    assert frame_number(back) == 24
+
+
+def test_content_decides_not_the_extension(make_video, tmp_path):
+    wrong = tmp_path / "movie.jpg"
+    wrong.write_bytes(make_video("regular_clip.mp4", REGULAR).read_bytes())
+    assert len(load_video(wrong)[0]) == 3
+
+
+@pytest.mark.parametrize(
+    "content,what",
+    [
+        (b"", "empty"),
+        (b"<html>not found</html>", "text, e.g. a web page"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(99), "a PNG image"),
+        (b"version https://git-lfs.github.com/spec/v1", "git-lfs pointer"),
+        (b"#EXTM3U\n#EXTINF:1,\n/etc/hostname\n", "playlist"),
+        (b"ffconcat version 1.0\nfile secret.mp4\n", "playlist"),
+        (bytes(range(256)) * 20, "unknown binary data"),
+    ],
+)
+def test_other_content_is_named(tmp_path, content, what):
+    path = tmp_path / "movie.mp4"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"movie.mp4.*cannot be read.*{what}.*convert it"):
+        open_video(path)
+
+
+def test_damaged_files(make_video, tmp_path):
+    data = make_video("regular_clip.mkv", REGULAR).read_bytes()
+    path = tmp_path / "cut.mkv"
+    path.write_bytes(data[: len(data) // 2])
+    half, _ = load_video(path)  # a shorter video is still a video
+    assert [frame_number(f) for f in half][:1] == [24]
+    mp4 = make_video("regular_clip.mp4", REGULAR).read_bytes()
+    path = tmp_path / "cut.mp4"
+    path.write_bytes(mp4[: len(mp4) // 2])
+    with pytest.raises(ValueError, match="cut.mp4.*an MP4 file, damaged or truncated"):
+        open_video(path)
+
+
+def test_videos_without_pictures(tmp_path):
+    path = tmp_path / "sound.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(
+            np.zeros((1, 1024), np.float32), format="fltp", layout="mono"
+        )
+        frame.rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with pytest.raises(ValueError, match="sound.mp4.*no video stream"):
+        open_video(path)
+
+
+def test_too_short_for_one_period(make_video):
+    path = make_video("short.mp4", REGULAR[:13])
+    with pytest.raises(ValueError, match="short.mp4.*lasts 0.52 s.*raise fps"):
+        open_video(path)
+    assert len(load_video(path, sampling="transformers")[0]) == 4
+    assert len(load_video(path, fps=4)[0]) == 2
+
+
+@pytest.mark.parametrize(
+    "limits,message",
+    [
+        (Limits(pixels=64 * 63), "64x64 = 4096 pixels, at most 4032"),
+        (Limits(duration=2.0), "90 frames in 3.6 s, at most 2 s"),
+        (Limits(rate=20.0), "90 frames in 3.6 s.*20 frames/s"),
+        (Limits(deadline=0.0), "took longer than 0 s"),
+        (Limits(deadline=1e-5), "took longer than 1e-05 s"),
+    ],
+)
+def test_limits(make_video, limits, message):
+    with pytest.raises(ValueError, match=message):
+        open_video(make_video("regular_clip.mkv", REGULAR), limits=limits)
+
+
+def test_paths_that_are_no_files(tmp_path):
+    for path in ("http://example.com/a.mp4", "concat://a"):
+        with pytest.raises(ValueError, match="is a URL, only local files"):
+            open_video(path)
+    for path in (tmp_path / "none.mp4", tmp_path, "concat:a.mp4|b.mp4"):
+        with pytest.raises(ValueError, match="is not a file"):
+            open_video(path)
+    with pytest.raises(ValueError, match="frame sampling 'first' is unknown.*last_of_second"):
+        open_video(tmp_path / "none.mp4", sampling="first")
+
+
+def test_numbered_frames_survive():
+    assert [frame_number(numbered_frame(k)) for k in (0, 1, 999, 65535)] == [0, 1, 999, 65535]

@@ -1,0 +1,205 @@
+"""Training: what is frozen stays, what is resumed continues, what is wrong stops."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny_config
+
+from vlmjax import build, checkpoint
+from vlmjax.objectives import OBJECTIVES
+from vlmjax.train import loop, metrics
+from vlmjax.train.optimizer import make_optimizer, resolve_lr
+from vlmjax.train.step import init_state, make_train_step
+
+CONNECTOR_ONLY = (("connector/.*", 1e-2), (".*", None))
+
+
+def first_batch(run, rows=None):
+    stream, processor = build.make_data(run)
+    return next(
+        loop.packed_batches(
+            stream,
+            processor,
+            build.make_budget(run),
+            rows or run.train.rows,
+            pool=run.data.pool,
+            patch_dim=run.model.vision.patch_dim,
+            normalisation=run.data.normalisation,
+        )
+    )
+
+
+def make_step(run, accumulate=1):
+    graphdef, shapes, _ = build.abstract(run.model)
+    lrs = resolve_lr(run.lr, shapes)
+    optimizer = make_optimizer(run.optim, {p: lr for p, lr in lrs.items() if lr is not None}, 20)
+    state = init_state(build.random_params(run.model, 0), lrs, optimizer, run.train.frozen_dtype)
+    return state, make_train_step(graphdef, OBJECTIVES["sft"], optimizer, accumulate)
+
+
+def test_frozen_is_frozen(tmp_path):
+    run = build.resolve(tiny_config(tmp_path, lr=CONNECTOR_ONLY, optim__wd=0.1))
+    state, step = make_step(run)
+    assert {p.split("/")[0] for p in state.frozen} == {"vision", "llm"}
+    moments = jax.tree_util.tree_flatten_with_path(state.opt)[0]
+    assert {k.key.split("/")[0] for path, _ in moments for k in path if hasattr(k, "key")} == {"connector"}
+    before = jax.tree.map(np.asarray, state)
+    batch, step = first_batch(run).batch, jax.jit(step)
+    for _ in range(20):
+        state, _ = step(state, batch)
+    for path, x in before.frozen.items():
+        assert np.asarray(state.frozen[path]).tobytes() == x.tobytes(), path
+    assert all((np.asarray(state.trainable[p]) != x).any() for p, x in before.trainable.items())
+
+
+def test_no_backward_of_the_frozen_tower_is_compiled(tmp_path):
+    """Scope names survive into HLO: nothing under transpose(...) belongs to the vision tower."""
+
+    def backward_ops(lr):
+        run = build.resolve(tiny_config(tmp_path, lr=lr))
+        state, step = make_step(run)
+        text = jax.jit(step).lower(state, first_batch(run).batch).compile().as_text()
+        names = {part.split('"')[0] for part in text.split('op_name="')[1:]}
+        return [n for n in names if re.search(r"transpose\(.*\bvision\b", n)]
+
+    assert backward_ops(((".*", 1e-3),))
+    assert not backward_ops(CONNECTOR_ONLY)
+
+
+def test_text_only_rows_train(tmp_path):
+    """The loss depends on every record, those without media too."""
+    run = build.resolve(tiny_config(tmp_path))
+    packed = first_batch(run)
+    state, step = make_step(run)
+    grad = jax.jit(jax.grad(lambda w: step(state, packed.batch._replace(weights=w))[1]["loss"]))
+    assert "r0" in packed.ids or "r3" in packed.ids
+    supervised = packed.batch.weights > 0
+    assert (np.asarray(grad(packed.batch.weights))[supervised] > 0).all()
+
+
+def test_accumulation_equals_the_whole_batch(tmp_path):
+    run = build.resolve(tiny_config(tmp_path))
+    batch = first_batch(run, rows=4).batch
+    results = []
+    for accumulate in (1, 2, 4):
+        state, step = make_step(run, accumulate)
+        state, values = jax.jit(step)(state, batch)
+        results.append((values["loss"], state.opt))
+    for loss, opt in results[1:]:
+        np.testing.assert_allclose(loss, results[0][0], rtol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), opt, results[0][1])
+
+
+def losses(workdir):
+    return {m["step"]: m["loss"] for m in metrics.read(workdir)}
+
+
+def test_resumed_equals_uninterrupted(tmp_path):
+    """Stopped at step 3 of 6 and started again: the same losses and weights, bit for bit."""
+    config = tiny_config(tmp_path, train__log_every=1)
+    summary = loop.train(config, tmp_path / "whole")
+    assert summary["compiles"] == 1 and summary["steps"] == 6
+    first = loop.train(tiny_config(tmp_path, train__log_every=1), tmp_path / "cut")
+    assert first["loss_last"] == summary["loss_last"]
+    for step in (6,):
+        (tmp_path / "cut" / "checkpoints" / str(step) / "manifest.json").unlink()  # as killed while saving
+    again = loop.train(config, tmp_path / "cut")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert again["compiles"] == 1
+    whole, cut = (checkpoint.restore_params(tmp_path / name)[0] for name in ("whole", "cut"))
+    assert all(np.asarray(whole[p]).tobytes() == np.asarray(cut[p]).tobytes() for p in whole)
+    assert (tmp_path / "whole" / "loss.png").stat().st_size > 5000
+
+
+def test_next_stage_starts_from_the_one_before(tmp_path):
+    one = tiny_config(tmp_path, lr=CONNECTOR_ONLY, train__steps=2, train__frozen_dtype="bfloat16")
+    loop.train(one, tmp_path / "one")
+    two = tiny_config(tmp_path, init=str(tmp_path / "one"), stage=2, train__steps=1)
+    assert loop.train(two, tmp_path / "two")["stage"] == 2
+
+
+def test_init_must_exist(tmp_path):
+    with pytest.raises(ValueError, match="holds no complete checkpoint; run that stage first"):
+        loop.train(tiny_config(tmp_path, init=str(tmp_path / "nowhere")), tmp_path / "run")
+
+
+def test_init_of_another_size_is_refused(tmp_path):
+    loop.train(tiny_config(tmp_path, train__steps=1), tmp_path / "one")
+    other = tiny_config(tmp_path, init=str(tmp_path / "one"), model__llm__mlp=64)
+    with pytest.raises(ValueError, match=r"(?s)llm/blocks/mlp/up/kernel is \(2, 32, 48\), the model needs"):
+        loop.train(other, tmp_path / "two")
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    config = tiny_config(tmp_path, lr=((".*", 1e30),), train__steps=8, train__save_every=1, optim__warmup=0.9)
+    with pytest.raises(loop.NonFiniteLoss, match=r"loss is nan at step \d+; .*records of that batch: r\d"):
+        loop.train(config, tmp_path / "run")
+    params, _ = checkpoint.restore_params(tmp_path / "run")
+    assert params
+
+
+def test_eight_devices_equal_one(tmp_path):
+    """Run in its own process, which has eight CPU devices; the mesh spreads rows and shards weights."""
+    code = f"""
+import json, sys
+sys.path[:0] = {sys.path!r}
+from pathlib import Path
+from tiny import tiny_config
+from vlmjax.train import loop
+folder = Path({str(tmp_path)!r})
+out = []
+for mesh in (dict(data=8), dict(data=2, fsdp=4), dict(data=2, fsdp=2, tensor=2)):
+    c = tiny_config(folder, mesh=dict(seq=1) | mesh, train__rows=8, train__steps=4)
+    out.append(loop.train(c, folder / f"run{{len(out)}}")["loss_last"])
+print(json.dumps(out))
+"""
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    got = json.loads(done.stdout.splitlines()[-1])
+    want = loop.train(tiny_config(tmp_path, train__rows=8, train__steps=4), tmp_path / "one")["loss_last"]
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+TRAIN = """
+import sys
+sys.path[:0] = {path!r}
+from pathlib import Path
+from tiny import tiny_config
+from vlmjax.train import loop
+folder = Path({folder!r})
+loop.train(tiny_config(folder, train__steps=40000, train__save_every=2, train__log_every=1), folder / "run")
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=["kill", "terminate"])
+def test_killed_run_loses_at_most_the_steps_since_the_last_checkpoint(tmp_path, how):
+    code = TRAIN.format(path=sys.path, folder=str(tmp_path))
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    run = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while len(checkpoint.steps(tmp_path / "run")) < 2:
+        assert run.poll() is None and time.monotonic() < until
+        time.sleep(0.02)
+    run.send_signal(how)
+    run.wait()
+    last = max(losses(tmp_path / "run"))
+    saved = checkpoint.steps(tmp_path / "run")[-1]
+    checkpoint.verify(tmp_path / "run" / "checkpoints" / str(saved))
+    assert saved == last if how == signal.SIGTERM else saved >= last - 5
+
+
+def test_frozen_storage_is_bf16_and_masters_are_f32(tmp_path):
+    run = build.resolve(tiny_config(tmp_path, lr=CONNECTOR_ONLY, train__frozen_dtype="bfloat16"))
+    state, _ = make_step(run)
+    assert {x.dtype for x in state.frozen.values()} == {jnp.dtype("bfloat16")}
+    assert {x.dtype for x in state.trainable.values()} == {jnp.dtype("float32")}
