@@ -10,10 +10,10 @@ from ml_collections import ConfigDict
 
 from configs.common import parse_arg
 
-STEPS = {0: 300, 1: 700, 2: 700, 3: 500, 4: 500}
+STEPS = {0: 600, 1: 800, 2: 800, 3: 600, 4: 600}
 # Task -> share of the draws.
 MIX = {
-    0: dict(text=1.0),
+    0: dict(text=1.0, name_as_text=1.0, digits_as_text=1.0, ocr_as_text=1.5, count_as_text=1.0, where_as_text=1.0, caption_as_text=0.7, chart_as_text=1.0, multi_image_as_text=1.0, video_as_text=1.5, stream_as_text=1.0),
     1: dict(name=1.0, digits=1.0, ocr=2.0),
     2: dict(name=0.7, digits=1.0, ocr=2.0, count=0.7, caption=0.5, chart=0.5, text=0.3),
     3: dict(name=0.5, digits=0.8, ocr=1.5, count=0.5, where=0.7, chart=0.5, multi_image=0.7, video=1.0, text=0.3),
@@ -32,8 +32,8 @@ def get_config(arg=None):
     c.model = dict(
         vision=dict(width=128, mlp=384, layers=4, heads=4, patch=8),
         connector=dict(layers=2),
-        llm=dict(vocab=1024, width=128, mlp=384, layers=4, heads=4, kv_heads=2, head_dim=32, tie=True, rope_theta=1e4),
-        compute=dict(dtype="float32", attention="blockwise", vision_block=128, llm_block=128, loss_chunk=256),
+        llm=dict(vocab=800, width=128, mlp=384, layers=4, heads=4, kv_heads=2, head_dim=32, tie=True, rope_theta=1e4),
+        compute=dict(dtype="float32", attention="blockwise", vision_block=32, llm_block=64, loss_chunk=256),
     )
     c.init = f"{arg['root']}/stage{stage - 1}" if stage else None
     c.objective = "sft"
@@ -54,7 +54,7 @@ def get_config(arg=None):
     c.data = dict(
         sources=tuple((f"demo:{task}", share) for task, share in MIX[stage].items()),
         tokenizer="demo",
-        budget=(512, 512, 256, 4),
+        budget=(512, 512, 512, 4) if stage else (512, 0, 0, 4),
         pool=128,
         normalisation="sqrt",
         media_root=".",

@@ -2,7 +2,7 @@
 
 import json
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:key=value,...]", lock_config=True)
@@ -28,6 +28,7 @@ def main(argv):
     missing = [f"--{name}" for name in needed if FLAGS[name].value is None]
     if missing:
         raise app.UsageError(f"{argv[1]} needs {' '.join(missing)}")
+    logging.set_verbosity(logging.WARNING)  # orbax tells every file it touches
     command()
 
 

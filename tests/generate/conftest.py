@@ -1,5 +1,7 @@
 """A tiny random model of transformers, saved once, and the objects that use it."""
 
+import dataclasses
+
 import hf_reference
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from vlmjax import hf
 from vlmjax.data.processor import Processor, ProcessorConfig
 from vlmjax.data.tokenizer import byte_tokenizer
 from vlmjax.generate.chat import Chat
+from vlmjax.vlm import Compute
 
 VARIANT = "qwen2 4/2 tied"
 SETTINGS = ProcessorConfig(min_visual_tokens=1, max_visual_tokens=400, max_length=600)
@@ -23,10 +26,11 @@ def reference():
 
 @pytest.fixture(scope="session")
 def weights(reference, tmp_path_factory):
-    """(VLMConfig, params) of the reference."""
+    """(VLMConfig, params) of the reference; "ref" attention compiles fast."""
     folder = tmp_path_factory.mktemp("reference")
     reference.save_pretrained(folder)
-    return hf.read_config(folder), hf.load_params(folder)
+    config = dataclasses.replace(hf.read_config(folder), compute=Compute(attention="ref"))
+    return config, hf.load_params(folder)
 
 
 @pytest.fixture(scope="session")

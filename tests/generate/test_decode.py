@@ -1,5 +1,7 @@
 """Batched generation: cached = full forward, batch = one by one, padding changes nothing."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from vlmjax.data.sample import Sample
 from vlmjax.generate import decode as module
 from vlmjax.generate.decode import Generator, bucket, decode, prefill
 from vlmjax.generate.sampling import SamplingConfig
+from vlmjax.vlm import Compute
 
 NEW = 9
 DRAWN = SamplingConfig(temperature=1.2, top_k=50, top_p=0.95, repetition_penalty=1.3)
@@ -60,10 +63,12 @@ def test_cached_scores_equal_the_full_forward(vlm, prompts):
 def test_batch_equals_one_by_one_in_any_buckets(weights, prompts, sampling, monkeypatch):
     batched = Generator(*weights).generate_samples(prompts, NEW, sampling, [40], seed=3)
     singles = Generator(*weights, rows=1).generate_samples(prompts, NEW, sampling, [40], seed=3)
+    config, params = weights
+    config = dataclasses.replace(config, compute=Compute(vision_block=16, llm_block=32))
     monkeypatch.setattr(module, "LEAST_TOKENS", 256)
     monkeypatch.setattr(module, "LEAST_PATCHES", 128)
     monkeypatch.setattr(module, "LEAST_NEW", 64)
-    wide = Generator(*weights).generate_samples(prompts, NEW, sampling, [40], seed=3)
+    wide = Generator(config, params).generate_samples(prompts, NEW, sampling, [40], seed=3)
     assert _tokens(batched) == _tokens(singles) == _tokens(wide)
     if sampling is DRAWN:
         other = Generator(*weights).generate_samples(prompts, NEW, sampling, [40], seed=4)
@@ -142,7 +147,7 @@ def test_programs_are_counted(weights, prompts):
 
 def test_what_does_not_fit_is_refused_with_the_numbers(weights, prompts):
     generator = Generator(*weights, max_length=40)
-    n = len(prompts[3].tokens)
+    n = len(prompts[1].tokens)
     with pytest.raises(
         ValueError, match=f"has {n} tokens .*together {n + 5}, at most 40 .*shorten"
     ):

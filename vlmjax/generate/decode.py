@@ -273,6 +273,6 @@ class Generator:
         if limit is not None and n + new > limit:
             raise ValueError(
                 f"prompt {sample.id!r} has {n} tokens ({int(sample.visual.sum())} visual) and "
-                f"max_new_tokens is {new}: together {n + new}, at most {limit} are allowed; "
-                "shorten the prompt, show fewer or smaller images or frames, or lower max_new_tokens"
+                f"max_new_tokens is {new}: together {n + new}, at most {limit} are allowed; shorten "
+                "it, show fewer or smaller images and frames, or lower max_new_tokens"
             )

