@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 from configs.common import parse_arg
 
 STEPS = {0: 600, 1: 800, 2: 800, 3: 600, 4: 600}
+# Tokens, patches, visual tokens of a row, patches of a visual token: what the mix of the stage fills evenly.
+BUDGET = {0: (512, 0, 0, 4), 1: (512, 288, 288, 4), 2: (512, 288, 288, 4), 3: (512, 352, 320, 4), 4: (512, 512, 256, 4)}
 # Task -> share of the draws.
 MIX = {
     0: dict(text=1.0, name_as_text=1.0, digits_as_text=1.0, ocr_as_text=1.5, count_as_text=1.0, where_as_text=1.0, caption_as_text=0.7, chart_as_text=1.0, multi_image_as_text=1.0, video_as_text=1.5, stream_as_text=1.0),
@@ -54,7 +56,7 @@ def get_config(arg=None):
     c.data = dict(
         sources=tuple((f"demo:{task}", share) for task, share in MIX[stage].items()),
         tokenizer="demo",
-        budget=(512, 512, 512, 4) if stage else (512, 0, 0, 4),
+        budget=BUDGET[stage],
         pool=128,
         normalisation="sqrt",
         media_root=".",
@@ -69,6 +71,6 @@ def get_config(arg=None):
         keep=2,
         frozen_dtype="float32",
     )
-    c.mesh = dict(data=1, fsdp=1, seq=1, tensor=1)
+    c.mesh = dict(data=-1, fsdp=1, seq=1, tensor=1)
     c.eval = dict()
     return c

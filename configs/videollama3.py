@@ -32,7 +32,7 @@ def get_config(arg=None):
         compute=dict(dtype="bfloat16", remat="full", attention="blockwise", vision_block=256, llm_block=512),
     )
     if stage == 1:
-        c.init = dict(vision="", connector="", llm="")
+        c.init = dict(vision="", connector="random", llm="")  # "": must be given
     else:
         c.init = f"runs/vl3_{size}/stage{stage - 1}"
     c.objective = "sft"

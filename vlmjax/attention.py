@@ -15,12 +15,13 @@ from vlmjax.rope import rotate
 class Attention(nnx.Module):
     """o(attend(rotate(q(x)), rotate(k(x)), v(x))) with N query heads on K key-value heads."""
 
-    def __init__(self, width, heads, kv_heads, head_dim, *, rngs, qkv_bias, o_bias):
+    def __init__(self, width, heads, kv_heads, head_dim, *, rngs, qkv_bias, o_bias, out_scale=1.0):
         q, kv = (heads, head_dim), (kv_heads, head_dim)
         self.q = Dense((width,), q, ("embed",), ("heads", "head_dim"), rngs=rngs, bias=qkv_bias)
         self.k = Dense((width,), kv, ("embed",), ("kv_heads", "head_dim"), rngs=rngs, bias=qkv_bias)
         self.v = Dense((width,), kv, ("embed",), ("kv_heads", "head_dim"), rngs=rngs, bias=qkv_bias)
-        self.o = Dense(q, (width,), ("heads", "head_dim"), ("embed",), rngs=rngs, bias=o_bias)
+        axes = ("heads", "head_dim"), ("embed",)
+        self.o = Dense(q, (width,), *axes, rngs=rngs, bias=o_bias, scale=out_scale)
 
     def __call__(self, x, angles, attend, cache=None):
         """Returns ([B, T, D], what `attend` keeps).

@@ -50,7 +50,10 @@ def verify(folder):
     """
     if not (folder / MANIFEST).exists():
         raise CheckpointError(f"{folder} has no {MANIFEST}: the save was interrupted")
-    entries = json.loads((folder / MANIFEST).read_text())
+    try:
+        entries = json.loads((folder / MANIFEST).read_text())
+    except ValueError as e:
+        raise CheckpointError(f"{folder / MANIFEST} is damaged: {e}") from e
     for name, digest in entries.items():
         if not (folder / name).exists():
             raise CheckpointError(f"{folder / name} is missing, though the manifest lists it")

@@ -18,7 +18,15 @@ def train():
     print(json.dumps(train(FLAGS.config, FLAGS.workdir, FLAGS.tensorboard)))
 
 
-COMMANDS = {"train": (train, ("config", "workdir"))}
+def inspect():
+    """Prints the parameters of a config: how many, trained or frozen, learning rates, bytes."""
+    from vlmjax import build
+    from vlmjax.train.parameters import parameter_table
+
+    print(parameter_table(build.resolve(FLAGS.config)))
+
+
+COMMANDS = {"train": (train, ("config", "workdir")), "inspect": (inspect, ("config",))}
 
 
 def main(argv):

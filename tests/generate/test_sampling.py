@@ -12,7 +12,7 @@ CONFIGS = (
     dict(temperature=0.7),
     dict(temperature=1.0, top_k=7),
     dict(temperature=1.3, top_p=0.6),
-    dict(temperature=0.5, top_p=1e-6),
+    dict(temperature=0.5, top_p=1e-9),
     dict(temperature=0.7, top_k=20, top_p=0.8, repetition_penalty=1.1),
     dict(repetition_penalty=1.5),
 )

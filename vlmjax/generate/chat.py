@@ -68,17 +68,25 @@ class Chat:
         return cls(config, params, processor, hf.read_max_position(hf_dir))
 
     @classmethod
-    def from_run(cls, workdir):
-        """Returns the model of the newest checkpoint of a training run."""
-        file = Path(workdir) / "config.json"
-        if not file.is_file():
-            raise ValueError(
-                f"{workdir} has no config.json: give the --workdir of a `vlmjax.main train` run"
-            )
-        run = build.resolve(ConfigDict(json.loads(file.read_text())))
+    def from_run(cls, workdir, config=None, rows=64):
+        """Returns the model of the newest checkpoint of a training run.
+
+        Args:
+          workdir: the run.
+          config: ConfigDict to use; None = the one the run was started with.
+          rows: most prompts that run together.
+        """
+        if config is None:
+            file = Path(workdir) / "config.json"
+            if not file.is_file():
+                raise ValueError(
+                    f"{workdir} has no config.json: give the --workdir of a `vlmjax.main train` run"
+                )
+            config = ConfigDict(json.loads(file.read_text()))
+        run = build.resolve(config)
         params, _ = checkpoint.restore_params(workdir)
         processor = Processor(run.processor, build.make_tokenizer(run.data.tokenizer))
-        return cls(run.model, unflatten(params), processor)
+        return cls(run.model, unflatten(params), processor, rows=rows)
 
     def logits(self, messages):
         """Returns f32[T, V]: the scores of what follows each token of a conversation."""

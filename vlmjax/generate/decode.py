@@ -186,7 +186,7 @@ class Generator:
         """
         sizes = [size(s) for s in samples]
         tokens = bucket(max(s[0] for s in sizes), LEAST_TOKENS)
-        patches = bucket(max(s[1] for s in sizes), LEAST_PATCHES)
+        patches = bucket(max(max(s[1:]) for s in sizes), LEAST_PATCHES)
         group = max([4, *(item.merge**2 for s in samples for item in s.items)])
         return Budget(tokens, patches, tokens if patches else 0, group)
 
@@ -273,6 +273,6 @@ class Generator:
         if limit is not None and n + new > limit:
             raise ValueError(
                 f"prompt {sample.id!r} has {n} tokens ({int(sample.visual.sum())} visual) and "
-                f"max_new_tokens is {new}: together {n + new}, at most {limit} are allowed; shorten "
-                "it, show fewer or smaller images and frames, or lower max_new_tokens"
+                f"max_new_tokens is {new}: together {n + new}, at most {limit} are allowed; "
+                "shorten it, show fewer or smaller images and frames, or lower max_new_tokens"
             )

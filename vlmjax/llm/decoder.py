@@ -62,7 +62,8 @@ class Embed(nnx.Module):
     """Token table f32[V, D]."""
 
     def __init__(self, vocab, width, *, rngs):
-        self.embedding = param(rngs, (vocab, width), ("vocab", "embed"), "normal")
+        # Of the size of what the layers add, also where it is the head of a narrow model.
+        self.embedding = param(rngs, (vocab, width), ("vocab", "embed"), fan_in=width)
 
     def __call__(self, tokens, dtype):
         return jnp.take(self.embedding[...], tokens, axis=0).astype(dtype)
@@ -73,10 +74,11 @@ class Block(nnx.Module):
 
     def __init__(self, cfg, *, rngs):
         heads = (cfg.heads, cfg.kv_heads, cfg.head_dim)
+        make = dict(rngs=rngs, out_scale=(2 * cfg.layers) ** -0.5)
         self.attn_norm = RMSNorm(cfg.width, cfg.eps, rngs=rngs)
-        self.attn = Attention(cfg.width, *heads, rngs=rngs, qkv_bias=cfg.qkv_bias, o_bias=False)
+        self.attn = Attention(cfg.width, *heads, qkv_bias=cfg.qkv_bias, o_bias=False, **make)
         self.mlp_norm = RMSNorm(cfg.width, cfg.eps, rngs=rngs)
-        self.mlp = MLP(cfg.width, cfg.mlp, "silu", rngs=rngs, gated=True, bias=False)
+        self.mlp = MLP(cfg.width, cfg.mlp, "silu", gated=True, bias=False, **make)
 
     def __call__(self, x, angles, attend, cache):
         y, cache = self.attn(self.attn_norm(x), angles, attend, cache)

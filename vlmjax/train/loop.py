@@ -22,28 +22,47 @@ class NonFiniteLoss(ValueError):
     """The loss became NaN or infinite; names the step and the records in its batch."""
 
 
+def check_init(init, stage):
+    """Returns {module: source} of a dict, {} otherwise; ValueError for a source that is empty or unknown."""
+    if init == "":
+        raise ValueError(
+            f"init of stage {stage} is empty; it needs the work directory of the stage before; give --config.init=DIR"
+        )
+    sources = init if isinstance(init, dict) else {}
+    empty = [module for module, source in sources.items() if source == ""]
+    if empty:
+        raise ValueError(
+            f"stage {stage} starts from weights that are not given: init of {', '.join(empty)} is empty; allowed are "
+            "the directory of a Hugging Face checkpoint or a random start; give "
+            + " ".join(f"--config.init.{module}=hf:DIR" for module in empty)
+            + " (or =random)"
+        )
+    for module, source in sources.items():
+        known = source in (None, "random") or (isinstance(source, str) and source.startswith("hf:"))
+        if module not in ("vision", "connector", "llm") or not known:
+            raise ValueError(
+                f"init[{module!r}]={source!r} is not allowed: init is None, a work directory, or a dict from vision, "
+                "connector, llm to 'hf:DIR' or 'random'; change that entry"
+            )
+    return {module: source for module, source in sources.items() if source not in (None, "random")}
+
+
 def initial_params(run, shapes, where):
     """Returns {path: array} to start from.
 
     Args:
-      run: a `build.Run`. `init` is None (random), the work directory of an earlier stage, or
-        {"vision" | "connector" | "llm": None or "hf:DIR"} for each module.
+      run: a `build.Run`. `init` is None (random), the work directory of an earlier stage, or {"vision" | "connector" |
+        "llm": "hf:DIR", or "random" or None}. An empty string stands for what the command line must give.
       shapes: {path: ShapeDtypeStruct} of the model.
       where: {path: sharding}.
     """
+    sources = check_init(run.init, run.stage)
     if isinstance(run.init, str):
         params, _ = checkpoint.restore_params(run.init)
         build.check_params(params, shapes, run.init)
         return jax.device_put(params, where)
     params = build.random_params(run.model, run.train.seed, where)
-    for module, source in (run.init or {}).items():
-        if source is None:
-            continue
-        if module not in ("vision", "connector", "llm") or not source.startswith("hf:"):
-            raise ValueError(
-                f"init[{module!r}]={source!r} is not allowed: init is None, a work directory, or a dict from vision, "
-                "connector, llm to None or 'hf:DIR'"
-            )
+    for module, source in sources.items():
         loaded = flatten(hf.load_module(module, source[3:], run.model), f"{module}/")
         build.check_params(loaded, {p: s for p, s in shapes.items() if p.startswith(f"{module}/")}, source)
         params |= {p: jax.device_put(x, where[p]) for p, x in loaded.items()}

@@ -1,6 +1,7 @@
 """Which parameters train, how fast, and the optax chain that does it."""
 
 import dataclasses
+import math
 import re
 
 import jax
@@ -91,12 +92,16 @@ def resolve_lr(table, paths):
 
 
 def schedule(cfg, num_steps):
-    """Returns a function step -> factor in [0, 1] of the peak learning rates."""
-    shape, warmup = choose(SCHEDULES, cfg.schedule, "optim.schedule"), max(round(cfg.warmup * num_steps), 1)
+    """Returns a function step -> factor in [0, 1] of the peak learning rates.
+
+    As in transformers' Trainer: warm-up is rounded up to whole steps and starts at 0, so that with a warm-up the first
+    step moves nothing but the moments, and the peak comes at step `warmup`.
+    """
+    shape, warmup = choose(SCHEDULES, cfg.schedule, "optim.schedule"), math.ceil(cfg.warmup * num_steps)
 
     def factor(step):
         t = jnp.clip((step - warmup) / max(num_steps - warmup, 1), 0, 1)
-        return jnp.minimum((step + 1) / warmup, shape(t))
+        return jnp.where(step < warmup, step / max(warmup, 1), shape(t))
 
     return factor
 

@@ -54,10 +54,12 @@ class Block(nnx.Module):
     """Pre-norm transformer layer."""
 
     def __init__(self, cfg, *, rngs):
+        heads, scale = (cfg.heads, cfg.heads, cfg.head_dim), (2 * cfg.layers) ** -0.5
+        make = dict(rngs=rngs, out_scale=scale)  # what 2 L branches add up to stays of the size of one
         self.attn_norm = LayerNorm(cfg.width, cfg.eps, rngs=rngs)
-        self.attn = Attention(cfg.width, cfg.heads, cfg.heads, cfg.head_dim, rngs=rngs, qkv_bias=True, o_bias=True)
+        self.attn = Attention(cfg.width, *heads, qkv_bias=True, o_bias=True, **make)
         self.mlp_norm = LayerNorm(cfg.width, cfg.eps, rngs=rngs)
-        self.mlp = MLP(cfg.width, cfg.mlp, cfg.act, rngs=rngs, gated=False, bias=True)
+        self.mlp = MLP(cfg.width, cfg.mlp, cfg.act, gated=False, bias=True, **make)
 
     def __call__(self, x, angles, attend):
         x = x + self.attn(self.attn_norm(x), angles, attend)[0]
