@@ -120,12 +120,20 @@ def test_confined_packages(package):
 def test_every_package_imported_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    declared = [*project["dependencies"], *(x for name in extras if name != "test" for x in extras[name])]
+    declared = [
+        *project["dependencies"],
+        *(x for name in extras if name != "test" for x in extras[name]),
+    ]
     distributions = {x.split(">")[0].split("<")[0].split("=")[0].strip() for x in declared}
-    known = {{"absl-py": "absl", "orbax-checkpoint": "orbax", "pillow": "PIL"}.get(d, d) for d in distributions}
+    known = {
+        {"absl-py": "absl", "orbax-checkpoint": "orbax", "pillow": "PIL"}.get(d, d)
+        for d in distributions
+    }
     known |= {"tokenizers"}  # comes with transformers
     for name, found in EDGES.items():
-        outside = {x for x in found if not x.startswith(("vlmjax", "configs"))} - set(sys.stdlib_module_names)
+        outside = {x for x in found if not x.startswith(("vlmjax", "configs"))} - set(
+            sys.stdlib_module_names
+        )
         assert outside <= known or name in BY_HAND, (name, outside - known)
 
 
@@ -140,7 +148,9 @@ from vlmjax.data.tokenizer import byte_tokenizer
 byte_tokenizer().encode("a")
 print(sorted(loaded | set(sys.modules) & {DEVICE!r}))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == "[]"
 

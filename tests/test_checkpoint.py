@@ -81,21 +81,28 @@ def test_a_flipped_byte_in_any_file_is_an_error_naming_it(workdir):
     checkpoint.verify(folder)
 
 
-@pytest.mark.parametrize("at", range(0, 200, 7))
-def test_a_flipped_byte_in_the_manifest_is_an_error(workdir, at):
-    _flip(_folder(workdir, 3) / MANIFEST, at)
-    with pytest.raises(CheckpointError):
-        checkpoint.verify(_folder(workdir, 3))
+def test_a_flipped_byte_anywhere_in_the_manifest_is_an_error(workdir):
+    manifest = _folder(workdir, 3) / MANIFEST
+    before = manifest.read_bytes()
+    for at in range(0, len(before), 17):
+        _flip(manifest, at)
+        with pytest.raises(CheckpointError):
+            checkpoint.verify(manifest.parent)
+        manifest.write_bytes(before)
 
 
 def test_missing_and_extra_files_are_errors_naming_them(workdir):
     folder = _folder(workdir, 3)
     (folder / "arrays" / "left_over").write_text("x")
-    with pytest.raises(CheckpointError, match=r"files that its manifest does not list: \['arrays/left_over'\]"):
+    with pytest.raises(
+        CheckpointError, match=r"files that its manifest does not list: \['arrays/left_over'\]"
+    ):
         checkpoint.verify(folder)
     (folder / "arrays" / "left_over").unlink()
     (folder / "meta.json").unlink()
-    with pytest.raises(CheckpointError, match=r"3/meta\.json is missing, though the manifest lists it"):
+    with pytest.raises(
+        CheckpointError, match=r"3/meta\.json is missing, though the manifest lists it"
+    ):
         checkpoint.verify(folder)
 
 
@@ -120,7 +127,9 @@ def test_interrupted_save_does_not_count(workdir, caplog):
 def test_nothing_intact_is_an_error(workdir):
     for step in (2, 3):
         _flip(_folder(workdir, step) / "meta.json")
-    with pytest.raises(CheckpointError, match=r"no intact checkpoint is left: .*3/meta\.json.*2/meta\.json"):
+    with pytest.raises(
+        CheckpointError, match=r"no intact checkpoint is left: .*3/meta\.json.*2/meta\.json"
+    ):
         checkpoint.newest(workdir)
 
 

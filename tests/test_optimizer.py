@@ -12,7 +12,12 @@ import transformers
 from vlmjax.train.optimizer import OptimConfig, make_optimizer, resolve_lr, schedule
 
 STEPS = 20
-LRS = {"vision/patch/kernel": 2e-2, "vision/norm/scale": 2e-2, "llm/embed/embedding": 5e-3, "llm/q/bias": 5e-3}
+LRS = {
+    "vision/patch/kernel": 2e-2,
+    "vision/norm/scale": 2e-2,
+    "llm/embed/embedding": 5e-3,
+    "llm/q/bias": 5e-3,
+}
 SHAPES = dict(zip(LRS, [(6, 5), (5,), (7, 4), (4,)], strict=True))
 TORCH_SCHEDULES = {
     "cosine": transformers.get_cosine_schedule_with_warmup,
@@ -67,14 +72,19 @@ def test_adamw_and_schedule_equal_torch_and_transformers(wd, kind, ratio):
 def test_warmup_starts_at_zero_and_peaks_after_it():
     """As in Trainer: 0 at the first step, the peak at step `warmup`, which is rounded up."""
     factor = schedule(OptimConfig(schedule="constant", warmup=0.11), STEPS)  # 2.2 -> 3 steps
-    np.testing.assert_allclose([float(factor(s)) for s in range(5)], [0, 1 / 3, 2 / 3, 1, 1], rtol=1e-6)
+    np.testing.assert_allclose(
+        [float(factor(s)) for s in range(5)], [0, 1 / 3, 2 / 3, 1, 1], rtol=1e-6
+    )
 
 
 def _clipped(kind, at):
     cfg = OptimConfig(name="sgd", b1=0.0, clip=kind, clip_at=at, schedule="constant", warmup=0.0)
     optimizer = make_optimizer(cfg, dict.fromkeys(LRS, 1.0), STEPS)
     params = _draws(0)
-    return {p: -np.asarray(u) for p, u in optimizer.update(_draws(1), optimizer.init(params), params)[0].items()}
+    return {
+        p: -np.asarray(u)
+        for p, u in optimizer.update(_draws(1), optimizer.init(params), params)[0].items()
+    }
 
 
 def test_clipping():
@@ -112,7 +122,10 @@ def test_first_row_of_the_lr_table_wins():
     [
         ((("vision/.*", 1e-3),), r"no row matches \['llm/embed/embedding', 'llm/q/bias'\]"),
         ((("vison/.*", 1e-3), (".*", None)), r"no parameter matches \['vison/.\*'\]"),
-        ((("llm", None), ("vision/.*", 1e-3)), r"(?s)no row matches.*no parameter matches \['llm'\]"),
+        (
+            (("llm", None), ("vision/.*", 1e-3)),
+            r"(?s)no row matches.*no parameter matches \['llm'\]",
+        ),
         ((), r"no row matches .*paths start with \['llm', 'vision'\], e.g. \("),
     ],
 )
@@ -123,6 +136,6 @@ def test_lr_table_that_does_not_fit(table, message):
 
 @pytest.mark.parametrize("wrong", [dict(name="adam"), dict(clip="norm"), dict(schedule="cosin")])
 def test_unknown_choices_name_the_known(wrong):
-    (key, value), = wrong.items()
+    ((key, value),) = wrong.items()
     with pytest.raises(ValueError, match=rf"optim\.{key}='{value}' is unknown; choose one of \['"):
         make_optimizer(OptimConfig(**wrong), LRS, STEPS)

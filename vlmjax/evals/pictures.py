@@ -1,7 +1,8 @@
 """samples.png: held-out samples as the model sees them, what it was asked, said, and the truth.
 
 The pictures are put together from the patches of each `Item`, after resizing. Patches that DiffFP
-pruned, which never reach the language model, are dimmed.
+pruned, which never reach the language model, are dimmed. The answer of the model is green when it
+is right, amber when a part of it is, red when it is wrong.
 """
 
 import numpy as np
@@ -14,7 +15,15 @@ _HEIGHT = 96  # of a picture, at least
 _FONT, _LINE = 14, 18
 _PER_ROW = {"multi_image": 2, "video": 2, "stream": 2}  # samples beside each other
 _FEW = 4
-_PAPER, _INK, _FAINT, _RIGHT, _WRONG = "white", "black", "#606060", "#0a7a2a", "#c01818"
+_PAPER, _INK, _FAINT = "white", "black", "#606060"
+_RIGHT, _PARTLY, _WRONG = "#0a7a2a", "#b06a00", "#c01818"
+_LEGEND = (
+    "held-out samples, the first of each task; answers are",
+    ("right", _RIGHT),
+    ("partly right", _PARTLY),
+    ("wrong", _WRONG),
+    "dimmed: pruned by DiffFP, not shown to the language model",
+)
 
 
 def pixels(item, patch):
@@ -40,8 +49,12 @@ def draw(results, patch):
         cells = [_cell(result, k, patch, width) for k in range(min(few, len(result.scores)))]
         blocks.append((_title(result), cells, width))
     height = sum(2 * _LINE + max(c.height for c in cells) + _MARGIN for _, cells, _ in blocks)
-    page = Image.new("RGB", (_WIDTH, height + _MARGIN), _PAPER)
-    pen, y = ImageDraw.Draw(page), _MARGIN
+    page = Image.new("RGB", (_WIDTH, height + _MARGIN + 2 * _LINE), _PAPER)
+    pen, x, y = ImageDraw.Draw(page), _MARGIN, _MARGIN + 2 * _LINE
+    for entry in _LEGEND:
+        text, color = (entry, _FAINT) if isinstance(entry, str) else entry
+        pen.text((x, _MARGIN), text, fill=color, font=_font(_FONT))
+        x += _font(_FONT).getlength(text) + _FONT
     for title, cells, width in blocks:
         pen.line((_MARGIN, y, _WIDTH - _MARGIN, y), fill="#c0c0c0")
         pen.text((_MARGIN, y + 4), title, fill=_INK, font=_font(_FONT + 3))
@@ -58,13 +71,14 @@ def _title(result):
 
 def _cell(result, number, patch, width):
     """Returns one sample: its pictures side by side, and below them the words."""
-    record, right = result.records[number], result.scores[number] == 1
+    record, score = result.records[number], result.scores[number]
+    rated = _RIGHT if score == 1 else _PARTLY if score else _WRONG
     times, question = _words(record)
     images = _enlarge([pixels(item, patch) for item in result.samples[number].items], width)
     lines = []
     for name, text, color in (
         ("", question, _INK),
-        ("says: ", result.predictions[number] or "(nothing)", _RIGHT if right else _WRONG),
+        ("says: ", result.predictions[number] or "(nothing)", rated),
         ("truth: ", record["answer"] or "(nothing)", _FAINT),
     ):
         lines += [(line, color) for line in _wrap(name + text, width - 2 * _MARGIN)]

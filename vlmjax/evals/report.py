@@ -14,7 +14,7 @@ rated 0 to 1; an entry of a list counts as a part of the list. **±**: its stand
 the same questions, words and times, each asked with the pixels of another sample, which shows
 whether the model looks: it should score as chance, or below it, since it answers what it sees. The
 losses are nats per supervised token of the true answer, with the right and with the wrong image.
-A score is called above chance from {_CLEAR} standard errors on.
+From {_CLEAR} standard errors on a score is called above or below chance, else at chance.
 """
 
 
@@ -51,7 +51,9 @@ def verdict(result):
     """Returns in words how a score compares with chance, and what the wrong image does."""
     found = numbers(result)
     errors = (found["score"] - found["chance"]) / found["standard_error"]
-    words = f"above chance by {errors:.1f} standard errors" if errors >= _CLEAR else "at chance"
+    words = "at chance"
+    if abs(errors) >= _CLEAR:
+        words = f"{'above' if errors > 0 else 'below'} chance by {abs(errors):.1f} standard errors"
     if result.wrong_scores is None:
         return words
     excess = found["wrong_image"] - found["chance"]
