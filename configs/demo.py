@@ -10,16 +10,57 @@ from ml_collections import ConfigDict
 
 from configs.common import parse_arg
 
-STEPS = {0: 600, 1: 800, 2: 800, 3: 600, 4: 600}
+STEPS = {0: 400, 1: 500, 2: 1000, 3: 700, 4: 700}
 # Tokens, patches, visual tokens of a row, patches of a visual token: what the mix of the stage fills evenly.
-BUDGET = {0: (512, 0, 0, 4), 1: (512, 288, 288, 4), 2: (512, 288, 288, 4), 3: (512, 352, 320, 4), 4: (512, 512, 256, 4)}
-# Task -> share of the draws.
+BUDGET = {
+    0: (512, 0, 0, 4),
+    1: (512, 384, 128, 4),
+    2: (512, 384, 128, 4),
+    3: (512, 448, 128, 4),
+    4: (512, 512, 128, 4),
+}
+TASKS = (
+    "name",
+    "digits",
+    "ocr",
+    "count",
+    "where",
+    "caption",
+    "chart",
+    "multi_image",
+    "video",
+    "stream",
+    "text",
+)
+# Task -> share of the draws. "letter" and "digit" are single glyphs, the first step towards reading.
 MIX = {
-    0: dict(text=1.0, name_as_text=1.0, digits_as_text=1.0, ocr_as_text=1.5, count_as_text=1.0, where_as_text=1.0, caption_as_text=0.7, chart_as_text=1.0, multi_image_as_text=1.0, video_as_text=1.5, stream_as_text=1.0),
-    1: dict(name=1.0, digits=1.0, ocr=2.0),
-    2: dict(name=0.7, digits=1.0, ocr=2.0, count=0.7, caption=0.5, chart=0.5, text=0.3),
-    3: dict(name=0.5, digits=0.8, ocr=1.5, count=0.5, where=0.7, chart=0.5, multi_image=0.7, video=1.0, text=0.3),
-    4: dict(name=0.4, digits=0.5, ocr=0.7, count=0.4, where=0.4, multi_image=0.4, video=1.5, stream=1.0, text=0.2),
+    0: {f"{task}_as_text": 1.0 for task in TASKS[:-1]}
+    | dict(ocr_as_text=2.0, video_as_text=1.5, text=1.0),
+    1: dict(name=1.0, digit=1.0, letter=1.5),
+    2: dict(name=1.0, digits=1.0, ocr=2.0, letter=0.5, count=0.7, caption=0.5, chart=0.5, text=0.3),
+    3: dict(
+        name=0.5,
+        digits=0.5,
+        ocr=1.5,
+        count=0.5,
+        where=0.7,
+        chart=0.5,
+        multi_image=0.7,
+        video=1.0,
+        text=0.3,
+    ),
+    4: dict(
+        name=0.4,
+        digits=0.4,
+        ocr=0.7,
+        count=0.4,
+        where=0.4,
+        chart=0.3,
+        multi_image=0.4,
+        video=1.5,
+        stream=1.0,
+        text=0.2,
+    ),
 }
 
 
@@ -32,10 +73,22 @@ def get_config(arg=None):
     c = ConfigDict()
     c.stage = stage
     c.model = dict(
-        vision=dict(width=128, mlp=384, layers=4, heads=4, patch=8),
+        vision=dict(width=128, mlp=384, layers=3, heads=4, patch=8),
         connector=dict(layers=2),
-        llm=dict(vocab=800, width=128, mlp=384, layers=4, heads=4, kv_heads=2, head_dim=32, tie=True, rope_theta=1e4),
-        compute=dict(dtype="float32", attention="blockwise", vision_block=32, llm_block=64, loss_chunk=256),
+        llm=dict(
+            vocab=800,
+            width=128,
+            mlp=384,
+            layers=3,
+            heads=4,
+            kv_heads=2,
+            head_dim=32,
+            tie=True,
+            rope_theta=1e4,
+        ),
+        compute=dict(
+            dtype="float32", attention="blockwise", vision_block=32, llm_block=64, loss_chunk=256
+        ),
     )
     c.init = f"{arg['root']}/stage{stage - 1}" if stage else None
     c.objective = "sft"
@@ -43,10 +96,18 @@ def get_config(arg=None):
         0: (("vision/.*", None), ("connector/.*", None), ("llm/.*", 2e-3)),
         1: (("vision/.*", 1e-3), ("connector/.*", 1e-3), ("llm/.*", None)),
     }.get(stage, ((".*", 1e-3),))
-    c.optim = dict(name="adamw", b2=0.98, wd=0.0, clip="global_norm", clip_at=1.0, schedule="cosine", warmup=0.03)
+    c.optim = dict(
+        name="adamw",
+        b2=0.98,
+        wd=0.0,
+        clip="global_norm",
+        clip_at=1.0,
+        schedule="cosine",
+        warmup=0.03,
+    )
     c.processor = dict(
         patch=8,
-        image_merge=2 if stage == 4 else 1,
+        image_merge=2,
         video_merge=2,
         min_visual_tokens=1,
         max_visual_tokens=128,
@@ -72,5 +133,5 @@ def get_config(arg=None):
         frozen_dtype="float32",
     )
     c.mesh = dict(data=-1, fsdp=1, seq=1, tensor=1)
-    c.eval = dict()
+    c.eval = dict(samples=120, required_samples=200)
     return c

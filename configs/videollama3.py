@@ -22,14 +22,18 @@ def get_config(arg=None):
     arg = parse_arg(arg, size="2b", stage=1)
     size, stage = arg["size"], arg["stage"]
     if size not in LLM or stage not in SAMPLES:
-        raise ValueError(f"size={size!r}, stage={stage}: size is one of {sorted(LLM)}, stage one of 1, 2, 3, 4")
+        raise ValueError(
+            f"size={size!r}, stage={stage}: size is one of {sorted(LLM)}, stage one of 1, 2, 3, 4"
+        )
     c = ConfigDict()
     c.stage = stage
     c.model = dict(
         vision=dict(preset="siglip_so400m_14"),
         connector=dict(layers=2),
         llm=dict(preset=LLM[size]),
-        compute=dict(dtype="bfloat16", remat="full", attention="blockwise", vision_block=256, llm_block=512),
+        compute=dict(
+            dtype="bfloat16", remat="full", attention="blockwise", vision_block=256, llm_block=512
+        ),
     )
     if stage == 1:
         c.init = dict(vision="", connector="random", llm="")  # "": must be given

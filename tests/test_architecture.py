@@ -1,4 +1,4 @@
-"""The shape of the code: imports point one way, host code never sees jax, files and functions stay short."""
+"""The shape of the code: imports point one way, host code never sees jax, files stay short."""
 
 import ast
 import graphlib
@@ -138,11 +138,11 @@ def test_every_package_imported_is_declared():
 
 
 def test_host_processing_never_loads_jax():
-    """At run time, whatever the imports lead to; also once a tokenizer is made, which needs transformers."""
+    """At run time, whatever the imports lead to; also once a tokenizer of transformers is made."""
     code = f"""
 import sys
-import vlmjax.batch, vlmjax.data.pack, vlmjax.data.processor, vlmjax.data.stream, vlmjax.data.sources
-import vlmjax.data.demo
+import vlmjax.batch, vlmjax.data.pack, vlmjax.data.processor, vlmjax.data.stream
+import vlmjax.data.demo, vlmjax.data.sources
 loaded = set(sys.modules) & {DEVICE | {"torch", "transformers"}!r}
 from vlmjax.data.tokenizer import byte_tokenizer
 byte_tokenizer().encode("a")

@@ -1,4 +1,4 @@
-"""Checkpoints: a flipped byte anywhere is an error that names the file, and the one before takes over."""
+"""Checkpoints: a flipped byte is an error that names the file, and the one before takes over."""
 
 import shutil
 

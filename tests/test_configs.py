@@ -1,4 +1,4 @@
-"""Every config resolves and its step lowers at full size; the paper's table; what a config refuses."""
+"""Configs resolve and their steps lower at full size; the paper's table; what is refused."""
 
 import functools
 import importlib
@@ -69,7 +69,8 @@ def test_resolves_and_lowers_at_full_size(name, arg):
     )  # scanned layers, no constants: the program does not grow with the model
 
 
-# Stage -> learning rate of vision, connector and llm (None = frozen), image and video merge, compression, steps.
+# Stage -> learning rates of vision, connector, llm (None = frozen); image and video merge;
+# compression; steps.
 PAPER = {
     1: (1e-5, 1e-3, None, 1, 2, False, 121_600),
     2: (2e-6, 1e-5, 1e-5, 1, 2, False, 171_600),

@@ -1,4 +1,4 @@
-"""The optimizer against torch.optim.AdamW and the schedules of transformers, and what its tables refuse."""
+"""The optimizer against torch.optim.AdamW and transformers' schedules; what its tables refuse."""
 
 import math
 
@@ -31,7 +31,7 @@ def _draws(seed):
 
 
 def _torch_run(wd, kind, ratio):
-    """Parameters after each of `STEPS` steps of torch, learning rates stepped after the optimizer as Trainer does."""
+    """(parameters, lr factor) of each step of torch; schedules step last, as in Trainer."""
     params = {p: torch.nn.Parameter(torch.tensor(x)) for p, x in _draws(0).items()}
     groups = [
         {"params": [x], "lr": LRS[p], "weight_decay": wd if x.ndim == 2 else 0.0}

@@ -51,7 +51,9 @@ def test_frozen_is_frozen(tmp_path):
     state, step = make_step(run)
     assert {p.split("/")[0] for p in state.frozen} == {"vision", "llm"}
     moments = jax.tree_util.tree_flatten_with_path(state.opt)[0]
-    assert {k.key.split("/")[0] for path, _ in moments for k in path if hasattr(k, "key")} == {"connector"}
+    assert {k.key.split("/")[0] for path, _ in moments for k in path if hasattr(k, "key")} == {
+        "connector"
+    }
     before = jax.tree.map(np.asarray, state)
     batch, step = first_batch(run).batch, jax.jit(step)
     for _ in range(20):
@@ -111,7 +113,9 @@ def test_resumed_equals_uninterrupted(tmp_path):
     first = loop.train(tiny_config(tmp_path, train__log_every=1), tmp_path / "cut")
     assert first["loss_last"] == summary["loss_last"]
     for step in (6,):
-        (tmp_path / "cut" / "checkpoints" / str(step) / "manifest.json").unlink()  # as killed while saving
+        (
+            tmp_path / "cut" / "checkpoints" / str(step) / "manifest.json"
+        ).unlink()  # as killed while saving
     again = loop.train(config, tmp_path / "cut")
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert again["compiles"] == 1
@@ -135,13 +139,19 @@ def test_init_must_exist(tmp_path):
 def test_init_of_another_size_is_refused(tmp_path):
     loop.train(tiny_config(tmp_path, train__steps=1), tmp_path / "one")
     other = tiny_config(tmp_path, init=str(tmp_path / "one"), model__llm__mlp=64)
-    with pytest.raises(ValueError, match=r"(?s)llm/blocks/mlp/up/kernel is \(2, 32, 48\), the model needs"):
+    with pytest.raises(
+        ValueError, match=r"(?s)llm/blocks/mlp/up/kernel is \(2, 32, 48\), the model needs"
+    ):
         loop.train(other, tmp_path / "two")
 
 
 def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
-    config = tiny_config(tmp_path, lr=((".*", 1e30),), train__steps=8, train__save_every=1, optim__warmup=0.9)
-    with pytest.raises(loop.NonFiniteLoss, match=r"loss is nan at step \d+; .*records of that batch: r\d"):
+    config = tiny_config(
+        tmp_path, lr=((".*", 1e30),), train__steps=8, train__save_every=1, optim__warmup=0.9
+    )
+    with pytest.raises(
+        loop.NonFiniteLoss, match=r"(?s) is (nan|inf).* at step \d+; .*records of that batch: r\d"
+    ):
         loop.train(config, tmp_path / "run")
     params, _ = checkpoint.restore_params(tmp_path / "run")
     assert params
@@ -162,11 +172,16 @@ for mesh in (dict(data=8), dict(data=2, fsdp=4), dict(data=2, fsdp=2, tensor=2))
     out.append(loop.train(c, folder / f"run{{len(out)}}")["loss_last"])
 print(json.dumps(out))
 """
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+    }
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     got = json.loads(done.stdout.splitlines()[-1])
-    want = loop.train(tiny_config(tmp_path, train__rows=8, train__steps=4), tmp_path / "one")["loss_last"]
+    want = loop.train(tiny_config(tmp_path, train__rows=8, train__steps=4), tmp_path / "one")[
+        "loss_last"
+    ]
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 

@@ -18,7 +18,10 @@ def annotations(folder, number=6):
         for name in names:
             size = (*rng.integers(16, 60, 2), 3)
             Image.fromarray(rng.integers(0, 255, size, dtype=np.uint8)).save(folder / name)
-        turns = [("human", "<image>" * len(names) + f"What is it, {i}?"), ("gpt", f"Thing {i * 7}.")]
+        turns = [
+            ("human", "<image>" * len(names) + f"What is it, {i}?"),
+            ("gpt", f"Thing {i * 7}."),
+        ]
         row = {"id": f"r{i}", "conversations": [{"from": a, "value": b} for a, b in turns]}
         rows.append(row | ({"image": names} if names else {}))
     (folder / "annotations.json").write_text(json.dumps(rows))

@@ -41,7 +41,9 @@ def packed(segments, *, causal, spec):
     work = sharding.map_rows(functools.partial(api.plan, causal=causal, spec=spec), segments)
 
     def attend(q, k, v, cache):
-        out = sharding.map_rows(functools.partial(api.attention, causal=causal, spec=spec), q, k, v, work)
+        out = sharding.map_rows(
+            functools.partial(api.attention, causal=causal, spec=spec), q, k, v, work
+        )
         return out, (k, v) if cache is not None else None
 
     return attend
@@ -59,7 +61,11 @@ def cached(positions):
     start = positions[:, 0]
 
     def attend(q, k, v, cache):
-        write = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), at, 0))
+        write = jax.vmap(
+            lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(
+                old, new.astype(old.dtype), at, 0
+            )
+        )
         k, v = write(cache[0], k, start), write(cache[1], v, start)
         mask = jnp.arange(k.shape[1]) <= positions[:, :, None]
         return ref.masked_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask), (k, v)

@@ -38,7 +38,9 @@ class Budget(NamedTuple):
                 "(0 for text-only rows)"
             )
         if bool(self.patches) != bool(self.visual):
-            raise ValueError(f"{self}: patches and visual must both be positive, or both 0 for text-only rows")
+            raise ValueError(
+                f"{self}: patches and visual must both be positive, or both 0 for text-only rows"
+            )
         return self
 
 

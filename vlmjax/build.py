@@ -101,7 +101,9 @@ def section(cls, values, name):
     missing = [
         n
         for n, f in fields.items()
-        if n not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if n not in values
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
     ]
     if unknown or missing:
         raise ValueError(
@@ -167,7 +169,9 @@ def abstract(cfg):
     """Returns (graphdef, {path: ShapeDtypeStruct}, {path: logical axes}) of a model, without allocating it."""
     model = jax.eval_shape(lambda: VLM(cfg, rngs=nnx.Rngs(0)))
     graphdef, params = nn.unbind(model)
-    axes = {"/".join(path): p.get_metadata()["axes"] for path, p in nnx.to_flat_state(nnx.state(model))}
+    axes = {
+        "/".join(path): p.get_metadata()["axes"] for path, p in nnx.to_flat_state(nnx.state(model))
+    }
     return graphdef, flatten(params), axes
 
 
@@ -213,7 +217,9 @@ def make_tokenizer(name):
 
 def make_data(run):
     """Returns (Mixture, Processor) of a run."""
-    sources = [open_source(spec, run.data.media_root, run.train.seed) for spec, _ in run.data.sources]
+    sources = [
+        open_source(spec, run.data.media_root, run.train.seed) for spec, _ in run.data.sources
+    ]
     weights = [weight for _, weight in run.data.sources]
     processor = Processor(run.processor, make_tokenizer(run.data.tokenizer))
     return Mixture(sources, weights, run.train.seed), processor

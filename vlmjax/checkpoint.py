@@ -58,10 +58,14 @@ def verify(folder):
         if not (folder / name).exists():
             raise CheckpointError(f"{folder / name} is missing, though the manifest lists it")
         if _digest(folder / name) != digest:
-            raise CheckpointError(f"{folder / name} is damaged: its sha256 is not the one in the manifest")
+            raise CheckpointError(
+                f"{folder / name} is damaged: its sha256 is not the one in the manifest"
+            )
     extra = {str(p.relative_to(folder)) for p in _files(folder)} - set(entries)
     if extra:
-        raise CheckpointError(f"{folder} holds files that its manifest does not list: {sorted(extra)}")
+        raise CheckpointError(
+            f"{folder} holds files that its manifest does not list: {sorted(extra)}"
+        )
 
 
 def steps(workdir):
@@ -121,7 +125,9 @@ def restore_params(workdir):
         path = (folder / "arrays").absolute()
         shapes = reader.metadata(path).item_metadata.tree
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes
+        )
         arrays = reader.restore(path, like)
     return arrays["trainable"] | arrays["frozen"], json.loads((folder / "meta.json").read_text())
 
@@ -163,7 +169,9 @@ class Saver:
             target.mkdir(parents=True)
             (target / "meta.json").write_text(json.dumps(meta, indent=1))
         self.writer.save(target / "arrays", arrays)
-        self.sealer = threading.Thread(target=self._finish, args=(target,), name="vlmjax-checkpoint")
+        self.sealer = threading.Thread(
+            target=self._finish, args=(target,), name="vlmjax-checkpoint"
+        )
         self.sealer.start()
 
     def _finish(self, target):

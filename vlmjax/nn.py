@@ -30,7 +30,9 @@ def param(rngs, shape, axes, init="fan_in", fan_in=None, scale=1.0):
     elif init == "ones":
         value = jnp.ones(shape)
     else:
-        std = scale / math.sqrt(fan_in or shape[0]) / 0.87962566  # the last is that of the truncated normal
+        std = (
+            scale / math.sqrt(fan_in or shape[0]) / 0.87962566
+        )  # the last is that of the truncated normal
         value = std * jax.random.truncated_normal(rngs.params(), -2, 2, shape)
     return nnx.Param(value, axes=axes)
 
@@ -98,7 +100,9 @@ class MLP(nnx.Module):
         shape = ((width,), (hidden,), ("embed",), ("mlp",))
         self.gate = Dense(*shape, rngs=rngs, bias=bias) if gated else None
         self.up = Dense(*shape, rngs=rngs, bias=bias)
-        self.down = Dense((hidden,), (width,), ("mlp",), ("embed",), rngs=rngs, bias=bias, scale=out_scale)
+        self.down = Dense(
+            (hidden,), (width,), ("mlp",), ("embed",), rngs=rngs, bias=bias, scale=out_scale
+        )
         self.act = act
 
     def __call__(self, x):

@@ -48,7 +48,12 @@ def spec_of(path, axes, shape, mesh):
     """
     rules = next(rule for pattern, rule in RULES if re.fullmatch(pattern, path))
     names = [None] * (len(shape) - len(axes)) + [rules.get(a) for a in axes]
-    return P(*(n if n and size % mesh.shape[n] == 0 else None for n, size in zip(names, shape, strict=True)))
+    return P(
+        *(
+            n if n and size % mesh.shape[n] == 0 else None
+            for n, size in zip(names, shape, strict=True)
+        )
+    )
 
 
 def row_sharding(mesh, leading=0):
@@ -76,4 +81,6 @@ def map_rows(f, *args, replicated=()):
     if mesh.empty or mesh.shape["data"] * mesh.shape["fsdp"] == 1:
         return f(*args, *replicated)
     specs = (P(ROWS),) * len(args) + (P(),) * len(replicated)
-    return jax.shard_map(f, in_specs=specs, out_specs=P(ROWS), axis_names=set(ROWS), check_vma=False)(*args, *replicated)
+    return jax.shard_map(
+        f, in_specs=specs, out_specs=P(ROWS), axis_names=set(ROWS), check_vma=False
+    )(*args, *replicated)

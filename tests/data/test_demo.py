@@ -77,7 +77,7 @@ def answer_from_words(task, text):
     subject = question.rstrip(".?").split()[-1]
     if task in ("name", "name_cross"):
         return words
-    if task in ("digits", "ocr"):
+    if task in ("digit", "digits", "letter", "ocr"):
         return words.replace(" ", "")
     if task == "caption":
         *things, ground = words.split()

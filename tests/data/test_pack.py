@@ -30,7 +30,9 @@ def test_layout_of_a_row():
     np.testing.assert_array_equal(batch.positions[0, :13], [*range(6), *range(7)])
     np.testing.assert_array_equal(batch.source[0, :10], [-1, 0, -1, -1, -1, -1, -1, 1, 2, -1])
     np.testing.assert_array_equal(batch.patch_segments[0, :11], [1] * 8 + [2] * 2 + [0])
-    np.testing.assert_array_equal(batch.windows[0, :3], [[4, 5, 6, 7], [8, -1, -1, -1], [9, -1, -1, -1]])
+    np.testing.assert_array_equal(
+        batch.windows[0, :3], [[4, 5, 6, 7], [8, -1, -1, -1], [9, -1, -1, -1]]
+    )
     np.testing.assert_array_equal(batch.patch_coords[0, 4:8], [[0, 2], [0, 3], [1, 2], [1, 3]])
     # labels are shifted: the loss at a slot predicts the next token, and never the first of the next sample
     np.testing.assert_array_equal(np.nonzero(batch.weights[0])[0], [2, 3, 4, 9, 10, 11])
@@ -46,7 +48,9 @@ def test_weights_sum_to_one(how):
     batch, _ = pack([[short, long], []], BUDGET, 12, how)
     share = batch.weights[0, :9].sum()
     n = np.array([3, 8])
-    want = {"token": n / n.sum(), "sample": np.array([0.5, 0.5]), "sqrt": n**0.5 / (n**0.5).sum()}[how]
+    want = {"token": n / n.sum(), "sample": np.array([0.5, 0.5]), "sqrt": n**0.5 / (n**0.5).sum()}[
+        how
+    ]
     assert batch.weights.sum() == pytest.approx(1)
     assert share == pytest.approx(want[0])
 
@@ -67,7 +71,9 @@ def test_first_fit_takes_the_first_row_with_room():
 
 
 def test_a_sample_that_fits_no_row_is_refused_with_the_numbers():
-    with pytest.raises(ValueError, match=r"'3' has 20 patches \(row budget 16\), 20 visual tokens .*never cut"):
+    with pytest.raises(
+        ValueError, match=r"'3' has 20 patches \(row budget 16\), 20 visual tokens .*never cut"
+    ):
         check_fits(make_sample(3, grid=(4, 5), text=4), BUDGET)
 
 
@@ -87,7 +93,9 @@ class Numbers:
 
 def process(record):
     rng = np.random.default_rng(record["id"])
-    return make_sample(record["id"], grid=(1, int(rng.integers(1, 7))), text=int(rng.integers(4, 12)))
+    return make_sample(
+        record["id"], grid=(1, int(rng.integers(1, 7))), text=int(rng.integers(4, 12))
+    )
 
 
 def stream(position=None):

@@ -13,7 +13,13 @@ def inputs(share, seed=0):
     hidden = rng.normal(size=(2, 30, 16)).astype(np.float32)
     head = rng.normal(size=(16, 53)).astype(np.float32)
     targets = rng.integers(0, 53, (2, 30)).astype(np.int32)
-    return hidden, head, targets, rng.random((2, 30)) < share, rng.random((2, 30)).astype(np.float32)
+    return (
+        hidden,
+        head,
+        targets,
+        rng.random((2, 30)) < share,
+        rng.random((2, 30)).astype(np.float32),
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])

@@ -25,7 +25,9 @@ class MLP(nnx.Module):
         self.layers = cfg.layers
         for i in range(cfg.layers):
             width = in_width if i == 0 else out_width
-            setattr(self, f"dense_{i}", Dense((width,), (out_width,), ("embed",), ("mlp",), rngs=rngs))
+            setattr(
+                self, f"dense_{i}", Dense((width,), (out_width,), ("embed",), ("mlp",), rngs=rngs)
+            )
 
     def __call__(self, x):
         for i in range(self.layers):

@@ -43,7 +43,9 @@ def check_fits(sample, budget):
     sizes = size(sample)
     over = [
         f"{n} {name} (row budget {limit})"
-        for name, n, limit in zip(("tokens", "patches", "visual tokens"), sizes, budget, strict=False)
+        for name, n, limit in zip(
+            ("tokens", "patches", "visual tokens"), sizes, budget, strict=False
+        )
         if n > limit
     ]
     if over:
@@ -112,7 +114,9 @@ def pack(samples_by_row, budget, patch_dim, normalisation="token"):
         sample; "sqrt": samples count with the square root of their supervised tokens. Weights sum to 1.
     """
     if normalisation not in NORMALISATIONS:
-        raise ValueError(f"normalisation={normalisation!r} is unknown; choose one of {NORMALISATIONS}")
+        raise ValueError(
+            f"normalisation={normalisation!r} is unknown; choose one of {NORMALISATIONS}"
+        )
     batch = empty_batch(len(samples_by_row), budget, patch_dim)
     before = token_pairs = patch_pairs = 0
     for row, samples in enumerate(samples_by_row):

@@ -1,7 +1,7 @@
 """Sources: random-access sequences of records, opened by a spec.
 
-    demo:TASK        records of the embedded demo, without end
-    json:FILE        LLaVA / VideoLLaMA3 annotations, a JSON list or one object a line (see `data.annotation`)
+demo:TASK        records of the embedded demo, without end
+json:FILE        LLaVA / VideoLLaMA3 annotations, a JSON list or one object a line (see `data.annotation`)
 """
 
 import json
@@ -17,9 +17,15 @@ class JsonSource:
         text = Path(file).read_text()
         try:
             lines = json.loads(text) if text.lstrip().startswith("[") else None
-            self.rows = lines if lines is not None else [json.loads(s) for s in text.splitlines() if s.strip()]
+            self.rows = (
+                lines
+                if lines is not None
+                else [json.loads(s) for s in text.splitlines() if s.strip()]
+            )
         except json.JSONDecodeError as e:
-            raise ValueError(f"{file} is neither a JSON list nor one JSON object a line: {e}") from e
+            raise ValueError(
+                f"{file} is neither a JSON list nor one JSON object a line: {e}"
+            ) from e
         if not self.rows:
             raise ValueError(f"{file} holds no annotations; it needs at least one")
         self.file, self.media_root = str(file), media_root
@@ -47,5 +53,7 @@ def open_source(spec, media_root, seed):
     """Returns the source of a spec "kind:rest"; ValueError for an unknown kind."""
     kind, _, rest = spec.partition(":")
     if kind not in KINDS or not rest:
-        raise ValueError(f"data source {spec!r} is not allowed: write KIND:NAME with KIND one of {sorted(KINDS)}")
+        raise ValueError(
+            f"data source {spec!r} is not allowed: write KIND:NAME with KIND one of {sorted(KINDS)}"
+        )
     return KINDS[kind](rest, media_root, seed)

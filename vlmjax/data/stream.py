@@ -115,7 +115,13 @@ def packed_batches(stream, process, budget, rows, *, pool, patch_dim, normalisat
             waiting.append(load(following))
             following += 1
         late = following - 4 * pool
-        waiting.sort(key=lambda w: (w[0] >= late, -max(n / max(b, 1) for n, b in zip(w[2], budget, strict=False)), w[0]))
+        waiting.sort(
+            key=lambda w: (
+                w[0] >= late,
+                -max(n / max(b, 1) for n, b in zip(w[2], budget, strict=False)),
+                w[0],
+            )
+        )
         places = first_fit([w[2] for w in waiting], rows, budget)
         chosen = [[] for _ in range(rows)]
         for (_, sample, _), row in zip(waiting, places, strict=True):

@@ -40,8 +40,19 @@ class DecoderConfig:
 
 
 PRESETS = {
-    "qwen2_5_1_5b": dict(vocab=151936, width=1536, mlp=8960, layers=28, heads=12, kv_heads=2, head_dim=128, tie=True),
-    "qwen2_5_7b": dict(vocab=152064, width=3584, mlp=18944, layers=28, heads=28, kv_heads=4, head_dim=128, tie=False),
+    "qwen2_5_1_5b": dict(
+        vocab=151936, width=1536, mlp=8960, layers=28, heads=12, kv_heads=2, head_dim=128, tie=True
+    ),
+    "qwen2_5_7b": dict(
+        vocab=152064,
+        width=3584,
+        mlp=18944,
+        layers=28,
+        heads=28,
+        kv_heads=4,
+        head_dim=128,
+        tie=False,
+    ),
     "llama3_8b": dict(
         vocab=128256,
         width=4096,
@@ -121,12 +132,17 @@ class Decoder(nnx.Module):
         """
         T = x.shape[1]
         angles = angles_1d(positions, self.cfg.head_dim, self.cfg.rope_theta)
-        attend = cached(positions) if segments is None else packed(segments, causal=True, spec=attention)
+        attend = (
+            cached(positions) if segments is None else packed(segments, causal=True, spec=attention)
+        )
 
         def layer(block, x, cache):
             y, new = block(x, angles, attend, cache)
             if segments is not None and cache is not None:
-                new = tuple(old.at[:, :T].set(n.astype(old.dtype)) for old, n in zip(cache, new, strict=True))
+                new = tuple(
+                    old.at[:, :T].set(n.astype(old.dtype))
+                    for old, n in zip(cache, new, strict=True)
+                )
             return constrain_rows(y), new
 
         x, cache = scan_layers(self.blocks, layer, x, cache, remat)
@@ -137,4 +153,3 @@ def init_cache(cfg, rows, slots, dtype):
     """Returns (keys, values), each [L, B, slots, K, H] of zeros."""
     shape = (cfg.layers, rows, slots, cfg.kv_heads, cfg.head_dim)
     return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
-

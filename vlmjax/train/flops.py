@@ -32,7 +32,9 @@ PEAK = {  # dense bf16 FLOP/s of a chip, from the vendors' data sheets
 
 def peak_flops(devices):
     """Returns the peak of all devices together in FLOP/s, or None when a kind is not in `PEAK` (a CPU)."""
-    peaks = [next((v for k, v in PEAK.items() if d.device_kind.startswith(k)), None) for d in devices]
+    peaks = [
+        next((v for k, v in PEAK.items() if d.device_kind.startswith(k)), None) for d in devices
+    ]
     return None if None in peaks else sum(peaks)
 
 

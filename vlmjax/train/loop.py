@@ -5,6 +5,7 @@ import json
 import math
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -64,7 +65,9 @@ def initial_params(run, shapes, where):
     params = build.random_params(run.model, run.train.seed, where)
     for module, source in sources.items():
         loaded = flatten(hf.load_module(module, source[3:], run.model), f"{module}/")
-        build.check_params(loaded, {p: s for p, s in shapes.items() if p.startswith(f"{module}/")}, source)
+        build.check_params(
+            loaded, {p: s for p, s in shapes.items() if p.startswith(f"{module}/")}, source
+        )
         params |= {p: jax.device_put(x, where[p]) for p, x in loaded.items()}
     return params
 
@@ -87,22 +90,49 @@ def make_state(run, shapes, axes, lrs, optimizer, mesh, workdir):
     if folder is None:
         params = initial_params(run, shapes, where)
         return jax.jit(fresh, out_shardings=placed, donate_argnums=0)(params), Position()
-    like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed)
+    like = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed
+    )
     arrays, meta = checkpoint.restore(folder, like._asdict())
     return type(abstract)(**arrays), Position(meta["position"][0], tuple(meta["position"][1]))
 
 
-def check_finite(step, loss, ids):
-    """Raises `NonFiniteLoss` when the loss of a step is not a number."""
-    if not math.isfinite(loss):
+def check_finite(step, values, ids):
+    """Raises `NonFiniteLoss` when the loss or a gradient norm of a step is not a number."""
+    bad = {k: float(v) for k, v in values.items() if not math.isfinite(v)}
+    if bad:
         raise NonFiniteLoss(
-            f"loss is {loss} at step {step}; training stopped, the last saved checkpoint is good. The records of that "
-            f"batch: {', '.join(ids)}. Lower the learning rate, set optim.clip='global_norm', or look at these records"
+            f"{', '.join(f'{k} is {v}' for k, v in bad.items())} at step {step}; training stopped, "
+            f"the last saved checkpoint is good. The records of that batch: {', '.join(ids)}. Lower "
+            "the learning rate, set optim.clip='global_norm', or look at these records"
         )
 
 
+def open_batches(run, position):
+    """Returns the iterator of `PackedBatch`es from a `Position` on, made in a thread."""
+    stream, processor = build.make_data(run)
+    batches = packed_batches(
+        stream,
+        processor,
+        build.make_budget(run),
+        run.train.rows,
+        pool=run.data.pool,
+        patch_dim=run.model.vision.patch_dim,
+        normalisation=run.data.normalisation,
+        position=position,
+    )
+    return prefetch(batches)
+
+
 def throughput(run, window, seconds, trained):
-    """Returns the metrics of the steps since the last log line, from their `data.pack.Stats`."""
+    """Returns the metrics of the steps since the last log line.
+
+    Args:
+      run: a `build.Run`.
+      window: the `data.pack.Stats` of these steps.
+      seconds: they took.
+      trained: set of trained modules.
+    """
     total = {f.name: sum(getattr(s, f.name) for s in window) for f in dataclasses.fields(window[0])}
     work = sum(sum(flops.train_flops(run.model, s, trained).values()) for s in window)
     return {
@@ -119,14 +149,13 @@ def throughput(run, window, seconds, trained):
 
 
 def train(config, workdir, tensorboard=False):
-    """Trains one stage in `workdir`, resuming what is there; returns its summary (also in summary.json)."""
-    run = build.resolve(config)
-    workdir = Path(workdir)
+    """Trains one stage in `workdir`, resuming what is there; returns its summary."""
+    run, workdir = build.resolve(config), Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(config.to_json_best_effort(indent=1))
+    stop = []  # preemption: save, then leave
+    previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     mesh = sharding.make_mesh(**run.mesh)
-    stop = []
-    previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))  # preemption: save, then leave
 
     with jax.set_mesh(mesh):
         graphdef, shapes, axes = build.abstract(run.model)
@@ -139,77 +168,69 @@ def train(config, workdir, tensorboard=False):
         step_fn = make_train_step(graphdef, objective, optimizer, run.train.accumulate)
         placed = jax.tree.map(lambda x: x.sharding, state)
         train_step = jax.jit(step_fn, donate_argnums=0, out_shardings=(placed, None))
+        factor, rows = schedule(run.optim, run.train.steps), sharding.row_sharding(mesh)
 
-        start = int(state.step)
-        stream, processor = build.make_data(run)
-        batches = prefetch(
-            packed_batches(
-                stream,
-                processor,
-                build.make_budget(run),
-                run.train.rows,
-                pool=run.data.pool,
-                patch_dim=run.model.vision.patch_dim,
-                normalisation=run.data.normalisation,
-                position=position,
-            )
-        )
-        factor = schedule(run.optim, run.train.steps)
-        rows = sharding.row_sharding(mesh)
+        start, batches = int(state.step), open_batches(run, position)
         window, waited, pending, losses = [], 0.0, None, {}
         began = last = time.monotonic()
-
-        with metrics.Writer(workdir, run.train.steps, start, tensorboard) as writer, checkpoint.Saver(
-            workdir, run.train.keep
-        ) as saver:
+        with (
+            metrics.Writer(workdir, run.train.steps, start, tensorboard) as writer,
+            checkpoint.Saver(workdir, run.train.keep) as saver,
+        ):
             for step in range(start + 1, run.train.steps + 1):
                 before = time.monotonic()
                 packed = next(batches)
                 waited += time.monotonic() - before
-                batch = jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, x), packed.batch)
+                batch = jax.tree.map(partial(jax.make_array_from_process_local_data, rows), packed.batch)
                 state, values = train_step(state, batch)
 
-                # The loss of the step before is looked at while this one runs, so the device never waits for the host.
-                if pending is not None:
-                    losses[step - 1] = float(pending[0])
-                    check_finite(step - 1, losses[step - 1], pending[1])
-                pending, position = (values["loss"], packed.ids), packed.position
+                # The step before is looked at while this one runs: the device never waits for the
+                # host, except where something is written.
+                last_step = step == run.train.steps or bool(stop)
+                log = step % run.train.log_every == 0 or step == start + 1 or last_step
+                save = step % run.train.save_every == 0 or last_step
+                for done, done_values, ids in [pending] * bool(pending) + [(step, values, packed.ids)] * (log or save):
+                    check_finite(done, done_values, ids)
+                    losses[done] = float(done_values["loss"])
+                pending = (step, values, packed.ids)
                 window.append(packed.stats)
 
-                done = step == run.train.steps or bool(stop)
-                if step % run.train.log_every == 0 or step == start + 1 or done:
-                    losses[step] = float(values["loss"])
-                    check_finite(step, losses[step], packed.ids)
+                if log:
                     now = time.monotonic()
-                    line = throughput(run, window, now - last, trained) | {k: float(v) for k, v in values.items()}
-                    line["loss"] = float(np.mean([losses[s] for s in range(step - len(window) + 1, step + 1)]))
-                    line |= {"lr_factor": float(factor(step - 1)), "data_wait": waited / (now - last)}
-                    writer.write(step, line)
+                    line = {k: float(v) for k, v in values.items()}
+                    line["loss"] = float(np.mean([losses[s] for s in losses if s > step - len(window)]))
+                    line["lr_factor"] = float(factor(step - 1))
+                    line["data_wait"] = waited / (now - last)
+                    writer.write(step, throughput(run, window, now - last, trained) | line)
                     window, waited, last = [], 0.0, now
-                if step % run.train.save_every == 0 or done:
-                    check_finite(step, float(values["loss"]), packed.ids)
-                    saver.save(step, state._asdict(), {"position": position, "stage": run.stage})
+                if save:
+                    meta = {"position": packed.position, "stage": run.stage}
+                    saver.save(step, state._asdict(), meta)
                 if stop:
-                    writer.say(f"stopped by SIGTERM; step {step} is saved, the same command resumes it")
+                    writer.say(f"SIGTERM: step {step} is saved, the same command resumes it")
                     break
         batches.close()
+        signal.signal(signal.SIGTERM, previous)
+        seconds = time.monotonic() - began
+        return summarise(run, workdir, int(state.step), train_step._cache_size(), losses, seconds)
 
-    signal.signal(signal.SIGTERM, previous)
-    return summarise(run, workdir, train_step, list(losses.values()), time.monotonic() - began)
 
-
-def summarise(run, workdir, train_step, losses, seconds):
-    """Writes loss.png and summary.json of a stage; returns the summary."""
+def summarise(run, workdir, step, compiles, losses, seconds):
+    """Writes loss.png and summary.json of a stage; returns the summary, of all sessions of the run."""
+    file, losses = workdir / "summary.json", list(losses.values())
+    before = json.loads(file.read_text()) if file.exists() else {}
+    if not losses:
+        return before
     ends = max(min(20, len(losses) // 2), 1)
     summary = {
         "stage": run.stage,
-        "steps": run.train.steps,
-        "seconds": round(seconds, 1),
-        "compiles": train_step._cache_size(),
-        "loss_first": float(np.mean(losses[:ends])) if losses else None,
-        "loss_last": float(np.mean(losses[-ends:])) if losses else None,
+        "steps": step,
+        "seconds": round(seconds + before.get("seconds", 0), 1),
+        "compiles": compiles,
+        "loss_first": before.get("loss_first", float(np.mean(losses[:ends]))),
+        "loss_last": float(np.mean(losses[-ends:])),
     }
-    if jax.process_index() == 0 and losses:
+    if jax.process_index() == 0:
         metrics.plot_curve(workdir, f"stage {run.stage}")
-        (workdir / "summary.json").write_text(json.dumps(summary, indent=1))
+        file.write_text(json.dumps(summary, indent=1))
     return summary

@@ -83,7 +83,11 @@ def resolve_lr(table, paths):
         modules = sorted({p.split("/")[0] for p in paths})
         raise ValueError(
             "the lr table does not fit the model:"
-            + (f" no row matches {unmatched[:5]}{' ...' if len(unmatched) > 5 else ''};" if unmatched else "")
+            + (
+                f" no row matches {unmatched[:5]}{' ...' if len(unmatched) > 5 else ''};"
+                if unmatched
+                else ""
+            )
             + (f" no parameter matches {unused};" if unused else "")
             + f" rows are (regex of the whole path, learning rate or None to freeze), paths start with {modules}, "
             f'e.g. ("llm/.*", None)'
@@ -97,7 +101,10 @@ def schedule(cfg, num_steps):
     As in transformers' Trainer: warm-up is rounded up to whole steps and starts at 0, so that with a warm-up the first
     step moves nothing but the moments, and the peak comes at step `warmup`.
     """
-    shape, warmup = choose(SCHEDULES, cfg.schedule, "optim.schedule"), math.ceil(cfg.warmup * num_steps)
+    shape, warmup = (
+        choose(SCHEDULES, cfg.schedule, "optim.schedule"),
+        math.ceil(cfg.warmup * num_steps),
+    )
 
     def factor(step):
         t = jnp.clip((step - warmup) / max(num_steps - warmup, 1), 0, 1)

@@ -90,6 +90,10 @@ def make_train_step(graphdef, objective, optimizer, accumulate=1):
         updates, opt = optimizer.update(grads, state.opt, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         norms = {f"grad_norm/{m}": n for m, n in module_norms(grads).items()}
-        return TrainState(state.step + 1, trainable, state.frozen, opt), {"loss": loss, **metrics, **norms}
+        return TrainState(state.step + 1, trainable, state.frozen, opt), {
+            "loss": loss,
+            **metrics,
+            **norms,
+        }
 
     return train_step

@@ -55,7 +55,9 @@ class Block(nnx.Module):
 
     def __init__(self, cfg, *, rngs):
         heads, scale = (cfg.heads, cfg.heads, cfg.head_dim), (2 * cfg.layers) ** -0.5
-        make = dict(rngs=rngs, out_scale=scale)  # what 2 L branches add up to stays of the size of one
+        make = dict(
+            rngs=rngs, out_scale=scale
+        )  # what 2 L branches add up to stays of the size of one
         self.attn_norm = LayerNorm(cfg.width, cfg.eps, rngs=rngs)
         self.attn = Attention(cfg.width, *heads, qkv_bias=True, o_bias=True, **make)
         self.mlp_norm = LayerNorm(cfg.width, cfg.eps, rngs=rngs)

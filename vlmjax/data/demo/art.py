@@ -115,12 +115,12 @@ def texture(rng: Random, name: str, height: int, width: int) -> np.ndarray:
 
 def light(rng: Random) -> tuple[int, int, int]:
     """Returns a light colour."""
-    return rng.randint(170, 255), rng.randint(170, 255), rng.randint(170, 255)
+    return rng.randint(222, 255), rng.randint(222, 255), rng.randint(222, 255)
 
 
 def dark(rng: Random) -> tuple[int, int, int]:
     """Returns a dark colour."""
-    return rng.randint(0, 90), rng.randint(0, 90), rng.randint(0, 90)
+    return rng.randint(0, 50), rng.randint(0, 50), rng.randint(0, 50)
 
 
 def stamp(picture: np.ndarray, ink: np.ndarray, coverage: np.ndarray, y: int, x: int) -> None:

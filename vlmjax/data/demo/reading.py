@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from functools import cache
 from random import Random
+from string import ascii_uppercase
 
 from vlmjax.data.demo import art
 from vlmjax.data.demo.classes import HELD_STYLES, NAMES, PHOTOS, SHOTS, trained_styles
 from vlmjax.data.demo.task import Draw, ask, divide, draw_until, picture
 
-_SIZES = ((32, 32), (32, 32), (32, 32), (32, 48), (48, 32), (48, 48))  # (height, width)
+_SIZES = ((32, 32),) * 5 + ((32, 48), (48, 32))  # (height, width)
 _SHOT_SHARE = 0.08
-_LAYOUTS = ("line",) * 5 + ("lines", "lines", "tall", "tall", "framed", "natural", "natural")
+_LAYOUTS = ("line",) * 6 + ("lines", "lines", "tall", "tall", "framed", "natural")
+_CELL = 16  # a glyph; one merged token
 
 
 def name(rng: Random, split: str) -> Draw:
@@ -38,13 +40,13 @@ def name_cross(rng: Random, split: str) -> Draw:
 
 def _placement(rng: Random):
     height, width = rng.choice(_SIZES)
-    size = rng.randint(22, min(height, width, 40))
+    size = rng.randint(26, min(height, width, 36))
     return height, width, size, rng.randint(0, height - size), rng.randint(0, width - size)
 
 
 def _name_icon(rng: Random, place, content: str) -> Draw:
     label, style, height, width, size, y, x = place
-    if rng.random() < 0.25:
+    if rng.random() < 0.12:
         pixels = art.texture(rng, rng.choice(PHOTOS), height, width)
     else:
         pixels = art.plain(height, width, art.light(rng))
@@ -89,24 +91,22 @@ def _glyphs() -> dict[str, dict[int, list[int]]]:
     return pools
 
 
-def digits(rng: Random, split: str) -> Draw:
+def digit(rng: Random, split: str) -> Draw:
+    """One handwritten digit: the first step towards `digits`."""
+    return digits(rng, split, (1,))
+
+
+def digits(rng: Random, split: str, lengths: tuple[int, ...] = (1, 2, 2, 3, 3)) -> Draw:
     """One to three handwritten digits in a row."""
-    values = [rng.randrange(10) for _ in range(rng.choice((1, 2, 2, 3, 3)))]
+    values = [rng.randrange(10) for _ in range(rng.choice(lengths))]
     glyphs = [rng.choice(_glyphs()[split][v]) for v in values]
-    ink, paper = _ink_and_paper(rng)
-    count, kind = len(values), rng.random()
-    if kind < 0.5:  # tight cells of 16 pixels
-        size, height, width, y, x = 16, 16, 16 * count, 0, 0
-    elif kind < 0.8:  # somewhere in a frame
-        size, height, width = 16, 32, 16 * count + 16
-        y, x = rng.randint(0, 16), rng.randint(0, 16)
-    else:  # large
-        size = 22
-        height, width = 32, (32, 48, 80)[count - 1]
-        y, x = rng.randint(2, 8), rng.randint(0, width - size * count)
-    pixels = art.plain(height, width, paper)
+    height, width, y, x = _CELL, _CELL * len(values), 0, 0
+    if rng.random() < 0.15:  # on a larger page
+        height, width, y, x = height + _CELL, width + _CELL, *_corner(rng)
+    pixels = art.plain(height, width, art.light(rng))
+    ink = art.dark(rng)
     for k, glyph in enumerate(glyphs):
-        art.write(pixels, art.digit(glyph, size), ink, y, x + k * size)
+        art.write(pixels, art.digit(glyph, _CELL), ink, y, x + k * _CELL)
     answer = "".join(map(str, values))
     messages = ask("read the digits.", picture(pixels, " ".join(answer)), answer=answer)
     return Draw(messages, answer, tuple(f"glyph {g}" for g in glyphs))
@@ -122,38 +122,61 @@ def words() -> dict[str, dict[int, list[str]]]:
     }
 
 
+def letter(rng: Random, split: str) -> Draw:
+    """One capital letter in a real font: the first step towards `ocr`."""
+
+    def draw():
+        return rng.choice(ascii_uppercase), *_typeface(rng)
+
+    (character, font, size), content = draw_until(split, draw, str)
+    return _text(rng, character, font, size, content)
+
+
 def ocr(rng: Random, split: str) -> Draw:
     """A real word in a real font: a line, two lines, a column, or with natural spacing."""
     length = rng.choice((2, 2, 3, 3, 3, 3, 3, 4, 4, 4, 4, 5, 6))
     word = rng.choice(words()[split][length])
-    font, size = rng.choice(art.FONTS), rng.randint(14, 17)
+    return _text(rng, word, *_typeface(rng), word)
+
+
+def _typeface(rng: Random) -> tuple[str, int]:
+    return rng.choice(art.FONTS), rng.randint(14, 17)
+
+
+def _text(rng: Random, word: str, font: str, size: int, content: str) -> Draw:
     layout = rng.choice(_LAYOUTS)
-    if layout == "lines" and length < 4:
+    if layout == "lines" and len(word) < 4:
         layout = "line"
     glyphs = [art.letter(font, size, c) for c in word]
-    ink, paper = _ink_and_paper(rng)
+    ink, paper = art.dark(rng), art.light(rng)
     if layout == "natural":
         pixels = _write_natural(rng, glyphs, ink, paper)
     else:
         pixels = _write_cells(rng, glyphs, layout, ink, paper)
     messages = ask("read the text.", picture(pixels, " ".join(word)), answer=word)
-    return Draw(messages, word, (word,))
+    return Draw(messages, word, (content,))
 
 
 def _write_cells(rng: Random, glyphs, layout: str, ink, paper):
-    """Letters centred in cells of 16 pixels, the whole word moved by at most a pixel or two."""
+    """Letters centred in cells, the whole word moved by at most a pixel."""
     count = len(glyphs)
     columns = {"tall": 1, "lines": (count + 1) // 2}.get(layout, count)
     rows = -(-count // columns)
-    y, x = rng.randint(-1, 1), rng.randint(-1, 1)
-    height, width = 16 * rows, 16 * columns
+    y, x = rng.choice((-1, 0, 0, 0, 1)), rng.choice((-1, 0, 0, 0, 1))
+    height, width = _CELL * rows, _CELL * columns
     if layout == "framed":
-        height, width, y, x = height + 16, width + 16, rng.randint(0, 16), rng.randint(0, 16)
+        height, width, y, x = height + _CELL, width + _CELL, *_corner(rng)
     pixels = art.plain(height, width, paper)
     for k, glyph in enumerate(glyphs):
         row, column = divmod(k, columns)
         h, w = glyph.shape[:2]
-        art.write(pixels, glyph, ink, y + 16 * row + (16 - h) // 2, x + 16 * column + (16 - w) // 2)
+        art.write(
+            pixels,
+            glyph,
+            ink,
+            y + _CELL * row + (_CELL - h) // 2,
+            x + _CELL * column + (_CELL - w) // 2,
+        )
     return pixels
 
 
@@ -169,6 +192,6 @@ def _write_natural(rng: Random, glyphs, ink, paper):
     return pixels
 
 
-def _ink_and_paper(rng: Random):
-    ink, paper = art.dark(rng), art.light(rng)
-    return (ink, paper) if rng.random() < 0.75 else (paper, ink)
+def _corner(rng: Random) -> tuple[int, int]:
+    """Returns where something one cell smaller than its page stands: (y, x), whole cells."""
+    return _CELL * rng.randrange(2), _CELL * rng.randrange(2)

@@ -13,7 +13,9 @@ TOKENIZER = ASSETS / "tokenizer"
 TASKS = {
     "name": Task(reading.name),
     "name_cross": Task(reading.name_cross, ("test",)),
+    "digit": Task(reading.digit),
     "digits": Task(reading.digits),
+    "letter": Task(reading.letter),
     "ocr": Task(reading.ocr),
     "count": Task(scenes.count),
     "where": Task(scenes.where),

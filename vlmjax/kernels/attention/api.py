@@ -1,7 +1,7 @@
 """Chooses the implementation of attention inside segments.
 
-    work = plan(segments, causal=True, spec=AttentionSpec("blockwise", 256))     once for a layout
-    out = attention(q, k, v, work, causal=True, spec=spec)                       in every layer
+work = plan(segments, causal=True, spec=AttentionSpec("blockwise", 256))     once for a layout
+out = attention(q, k, v, work, causal=True, spec=spec)                       in every layer
 """
 
 from typing import NamedTuple
@@ -18,7 +18,9 @@ class AttentionSpec(NamedTuple):
     def check(self):
         """Returns itself; ValueError for an unknown kind or block."""
         if self.kind not in ("ref", "blockwise"):
-            raise ValueError(f"attention kind {self.kind!r} is unknown; choose 'ref' or 'blockwise'")
+            raise ValueError(
+                f"attention kind {self.kind!r} is unknown; choose 'ref' or 'blockwise'"
+            )
         if self.block < 1:
             raise ValueError(f"attention block={self.block} must be a positive number of slots")
         return self

@@ -37,13 +37,17 @@ def plan(segments, block, causal):
     blocks = segments.reshape(B, -1, block)
     n = blocks.shape[1]
     last = blocks.max(-1)
-    first = jnp.where(blocks > 0, blocks, jnp.iinfo(jnp.int32).max).min(-1)  # of an empty block: above every segment
+    first = jnp.where(blocks > 0, blocks, jnp.iinfo(jnp.int32).max).min(
+        -1
+    )  # of an empty block: above every segment
     # Segments are in order, so two blocks share one exactly when their ranges overlap.
     needed = (first[:, :, None] <= last[:, None, :]) & (first[:, None, :] <= last[:, :, None])
     if causal:
         needed &= jnp.tril(jnp.ones((n, n), bool))
     listed = jax.vmap(lambda row: jnp.nonzero(row, size=n * n, fill_value=0))(needed)
-    return Plan(segments, jnp.stack(listed, -1).astype(jnp.int32), needed.sum((1, 2), dtype=jnp.int32))
+    return Plan(
+        segments, jnp.stack(listed, -1).astype(jnp.int32), needed.sum((1, 2), dtype=jnp.int32)
+    )
 
 
 def _blocks(x, S, block, kv_heads):
@@ -117,7 +121,9 @@ def _forward(q, k, v, work, block, causal):
         new_top = jnp.maximum(top[b, i], jnp.where(mask, s, NEG).max(-1))
         p = jnp.where(mask, jnp.exp(s - new_top[..., None]), 0)
         shrink = jnp.exp(top[b, i] - new_top)
-        o = jnp.einsum("krs,ksh->krh", p.astype(v.dtype), vb[b, j], preferred_element_type=jnp.float32)
+        o = jnp.einsum(
+            "krs,ksh->krh", p.astype(v.dtype), vb[b, j], preferred_element_type=jnp.float32
+        )
         return (
             out.at[b, i].set(out[b, i] * shrink[..., None] + o),
             top.at[b, i].set(new_top),
@@ -129,7 +135,9 @@ def _forward(q, k, v, work, block, causal):
     out, top, total = _for_each_pair(work, body, carry)
     total = jnp.where(total > 0, total, 1)
     lse = checkpoint_name(top + jnp.log(total), "attention")
-    out = checkpoint_name(_unblocks(out / total[..., None], T, N, block).astype(q.dtype), "attention")
+    out = checkpoint_name(
+        _unblocks(out / total[..., None], T, N, block).astype(q.dtype), "attention"
+    )
     return out, (q, k, v, work, out, lse)
 
 
@@ -138,7 +146,9 @@ def _backward(block, causal, residuals, g):
     (B, T, N, H), K, S = q.shape, k.shape[2], work.segments.shape[1]
     qb, kb, vb = (_blocks(x, S, block, K) for x in (q, k, v))
     gb = _blocks(g, S, block, K)
-    delta = jnp.einsum("...rh,...rh->...r", gb.astype(jnp.float32), _blocks(out, S, block, K).astype(jnp.float32))
+    delta = jnp.einsum(
+        "...rh,...rh->...r", gb.astype(jnp.float32), _blocks(out, S, block, K).astype(jnp.float32)
+    )
 
     def body(b, i, j, carry):
         dq, dk, dv = carry

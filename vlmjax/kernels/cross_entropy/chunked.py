@@ -16,7 +16,9 @@ def _setup(hidden, targets, mask, chunk):
     flat = mask.reshape(N)
     count = flat.sum(dtype=jnp.int32)
     order = jnp.argsort(~flat, stable=True).astype(jnp.int32)
-    order = jnp.pad(order, (0, -N % chunk), constant_values=N)  # N is out of range: dropped when written
+    order = jnp.pad(
+        order, (0, -N % chunk), constant_values=N
+    )  # N is out of range: dropped when written
     return hidden.reshape(N, -1), targets.reshape(N), order, count, -(-count // chunk)
 
 
@@ -25,7 +27,9 @@ def _chunk_logits(c, order, count, hidden, head, targets, chunk):
     index = jax.lax.dynamic_slice_in_dim(order, c * chunk, chunk)
     index = jnp.where(c * chunk + jnp.arange(chunk) < count, index, hidden.shape[0])
     rows = jnp.take(hidden, index, axis=0, mode="clip")
-    logits = jnp.einsum("cd,dv->cv", rows, head.astype(rows.dtype), preferred_element_type=jnp.float32)
+    logits = jnp.einsum(
+        "cd,dv->cv", rows, head.astype(rows.dtype), preferred_element_type=jnp.float32
+    )
     return index, rows, logits, jnp.take(targets, index, mode="clip")
 
 
@@ -77,12 +81,19 @@ def _backward_rule(chunk, residuals, g):
         d_rows = jnp.einsum("cv,dv->cd", d.astype(rows.dtype), head.astype(rows.dtype))
         d_hidden = d_hidden.at[index].set(d_rows, mode="drop")
         if d_head is not None:
-            d_head += jnp.einsum("cd,cv->dv", rows, d.astype(rows.dtype), preferred_element_type=jnp.float32)
+            d_head += jnp.einsum(
+                "cd,cv->dv", rows, d.astype(rows.dtype), preferred_element_type=jnp.float32
+            )
         return d_hidden, d_head
 
     d_head = None if train_head is None else jnp.zeros(head.shape, jnp.float32)
     d_hidden, d_head = jax.lax.fori_loop(0, num, body, (jnp.zeros_like(flat), d_head))
-    return d_hidden.reshape(hidden.shape), None if d_head is None else d_head.astype(head.dtype), None, None
+    return (
+        d_hidden.reshape(hidden.shape),
+        None if d_head is None else d_head.astype(head.dtype),
+        None,
+        None,
+    )
 
 
 token_nll.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)

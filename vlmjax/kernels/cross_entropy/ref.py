@@ -13,6 +13,8 @@ def token_nll(hidden, head, targets, mask):
       targets: i32[B, T].
       mask: bool[B, T].
     """
-    logits = jnp.einsum("btd,dv->btv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    logits = jnp.einsum(
+        "btd,dv->btv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32
+    )
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jnp.where(mask, jax.nn.logsumexp(logits, axis=-1) - picked, 0)
