@@ -24,7 +24,6 @@ import json
 import os
 import pickle
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -306,7 +305,7 @@ def compare(args, folder, case):
             lines[side].append(line)
 
     def median(side, key):
-        return statistics.median(x for line in lines[side] for x in np.atleast_1d(line[key]))
+        return float(np.median([line[key] for line in lines[side]]))
 
     def best(side):
         return min(x for line in lines[side] for x in line["seconds"])

@@ -7,11 +7,12 @@ FLOPs are multiplies and adds (2 for each weight and token) of real slots only, 
     llm      tokens x 2 x weights of the blocks  +  2 x layers x heads x head size x sum over samples of n_i^2   (causal: half)
     head     supervised tokens x 2 x width x vocabulary
 
-Each part is counted as often as training needs it: once forward; once more when a gradient has to pass through it to
-something trained before it (or to itself); and once more, weights only, when it is trained. What remat recomputes is not
-counted. So a frozen decoder behind a trained connector counts 2, a frozen tower in front counts 1, a trained module 3
-(the first of the chain 2, as its input needs no gradient; of attention, which has no weights, both backward products
-count). MFU = FLOPs / (seconds x peak of all chips).
+Each part is counted as often as training needs it: once forward; once more when a gradient has to
+pass through it, to something trained before it or inside it; and once more, weights only, when it is
+trained. The first product of the first trained module needs no gradient of its input and counts one
+less. Attention has no weights and counts 3 or 1. What remat recomputes is not counted. So a frozen
+decoder behind a trained connector counts 2, a frozen tower in front 1, a trained module 3.
+MFU = FLOPs / (seconds x peak of all chips).
 """
 
 import jax
@@ -39,24 +40,27 @@ def peak_flops(devices):
 
 
 def forward_flops(cfg, stats):
-    """Returns {part: (FLOPs of matrix products with weights, FLOPs of attention)} of one forward pass.
+    """Returns {part: (FLOPs of products with weights, of the first of them, of attention)}, forward.
 
     Args:
       cfg: `VLMConfig`.
       stats: `data.pack.Stats`.
     """
     v, m = cfg.vision, cfg.llm
-    vit = v.patch_dim * v.width + v.layers * (4 * v.width**2 + 2 * v.width * v.mlp)
-    connector = v.width * m.width + (cfg.connector.layers - 1) * m.width**2
+    patch, vit = v.patch_dim * v.width, v.layers * (4 * v.width**2 + 2 * v.width * v.mlp)
+    first, others = v.width * m.width, (cfg.connector.layers - 1) * m.width**2
     block = m.width * m.head_dim * (2 * m.heads + 2 * m.kv_heads) + 3 * m.width * m.mlp
+    patches, visual, tokens = 2 * stats.patches, 2 * stats.visual, 2 * stats.tokens
+    causal = 2 * m.layers * m.heads * m.head_dim * stats.token_pairs
     return {
-        "vision": (2 * stats.patches * vit, 4 * v.layers * v.width * stats.patch_pairs),
-        "connector": (2 * stats.visual * connector, 0),
-        "llm": (
-            2 * stats.tokens * m.layers * block,
-            2 * m.layers * m.heads * m.head_dim * stats.token_pairs,
+        "vision": (
+            patches * (patch + vit),
+            patches * patch,
+            4 * v.layers * v.width * stats.patch_pairs,
         ),
-        "head": (2 * stats.supervised * m.width * m.vocab, 0),
+        "connector": (visual * (first + others), visual * first, 0),
+        "llm": (tokens * m.layers * block, 0, causal),
+        "head": (2 * stats.supervised * m.width * m.vocab, 0, 0),
     }
 
 
@@ -69,12 +73,12 @@ def train_flops(cfg, stats, trained):
       trained: the set of modules with a trained parameter, of {"vision", "connector", "llm"}.
     """
     flops, upstream = {}, False
-    for part, (weights, attention) in forward_flops(cfg, stats).items():
-        # The token table trains with the decoder, so its blocks and the head always have something upstream then.
+    for part, (weights, first, attention) in forward_flops(cfg, stats).items():
         here = ("llm" if part == "head" else part) in trained
-        through = upstream or (here and part in ("llm", "head"))
-        flops[part] = weights * (1 + through + here) + attention * (1 + 2 * (through or here))
-        upstream = upstream or here
+        through = upstream or here
+        flops[part] = weights * (1 + through + here) + attention * (1 + 2 * through)
+        flops[part] -= first * (here and not upstream)
+        upstream = through
     return flops
 
 

@@ -98,8 +98,8 @@ def resolve_lr(table, paths):
 def schedule(cfg, num_steps):
     """Returns a function step -> factor in [0, 1] of the peak learning rates.
 
-    As in transformers' Trainer: warm-up is rounded up to whole steps and starts at 0, so that with a warm-up the first
-    step moves nothing but the moments, and the peak comes at step `warmup`.
+    As in transformers' Trainer: warm-up is rounded up to whole steps and starts at 0, so that with
+    a warm-up the first step moves only the moments, and the peak comes at step `warmup`.
     """
     shape, warmup = (
         choose(SCHEDULES, cfg.schedule, "optim.schedule"),
