@@ -2,7 +2,7 @@
 
 
 def parse_arg(arg, **defaults):
-    """Returns a dict of `defaults` updated from "key=value,key=value"; values take the type of the default.
+    """Returns a dict of `defaults` updated from "key=value,key=value", typed as the defaults.
 
     Raises:
       ValueError: an unknown key, or a value of another type.

@@ -1,9 +1,11 @@
 """VideoLLaMA3 (arXiv:2501.13106), 2B and 7B, four stages; each starts from the stage before.
 
-python -m vlmjax.main train --config configs/videollama3.py:size=2b,stage=1 --workdir runs/vl3_2b/stage1
+python -m vlmjax.main train --workdir runs/vl3_2b/stage1 \\
+    --config configs/videollama3.py:size=2b,stage=1
 
-Stage 1 starts from `--config.init.vision=hf:DIR --config.init.llm=hf:DIR` (SigLIP so400m/14-384 and Qwen2.5-Instruct);
-give annotation files with `--config.data.sources` and their folder with `--config.data.media_root`.
+Stage 1 starts from `--config.init.vision=hf:DIR --config.init.llm=hf:DIR` (SigLIP so400m/14-384 and
+Qwen2.5-Instruct); give annotation files with `--config.data.sources` and their folder with
+`--config.data.media_root`.
 The learning rates, lengths, merge sizes and batch are those of the authors' scripts and paper.
 """
 
@@ -55,7 +57,8 @@ def get_config(arg=None):
         frame_sampling="last_of_second",
         compression=stage >= 3,
     )
-    # A row holds about two samples, as the authors' micro-batch did: 64 rows are a global batch of about 128.
+    # A row holds about two samples, as the authors' micro-batch did: 64 rows are a global batch
+    # of about 128.
     c.data = dict(
         sources=(("json:annotations.jsonl", 1.0),),
         tokenizer="tokenizer",

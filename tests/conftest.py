@@ -1,7 +1,7 @@
 """Shared set-up. The folder itself is importable (`import tiny`, `import hf_reference`).
 
-Tests compile hundreds of tiny programs and run each a few times, so compilation is told to hurry, and its results are
-shared between tests and with the processes that tests start.
+Tests compile hundreds of tiny programs and run each a few times, so compilation is told to hurry,
+and its results are shared between tests and with the processes that tests start.
 """
 
 import os

@@ -158,7 +158,7 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
 
 
 def test_eight_devices_equal_one(tmp_path):
-    """Run in its own process, which has eight CPU devices; the mesh spreads rows and shards weights."""
+    """Run in its own process, with eight CPU devices; the mesh spreads rows and shards weights."""
     code = f"""
 import json, sys
 sys.path[:0] = {sys.path!r}
@@ -192,7 +192,8 @@ from pathlib import Path
 from tiny import tiny_config
 from vlmjax.train import loop
 folder = Path({folder!r})
-loop.train(tiny_config(folder, train__steps=40000, train__save_every=2, train__log_every=1), folder / "run")
+config = tiny_config(folder, train__steps=40000, train__save_every=2, train__log_every=1)
+loop.train(config, folder / "run")
 """
 
 

@@ -1,4 +1,4 @@
-"""A run small enough for a test: six real annotations, a byte tokenizer, a model of a few thousand weights."""
+"""A run small enough for a test: six annotations, a byte tokenizer, a few thousand weights."""
 
 import json
 
@@ -10,7 +10,7 @@ from vlmjax.data.tokenizer import byte_tokenizer
 
 
 def annotations(folder, number=6):
-    """Writes pictures of odd sizes and annotations.json: images, an image pair, and text-only records."""
+    """Writes pictures of odd sizes and annotations.json: images, an image pair, text-only records."""
     rng = np.random.default_rng(0)
     rows = []
     for i in range(number):

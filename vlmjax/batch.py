@@ -1,16 +1,18 @@
 """The packed `Batch`: the only thing that crosses from the host to the device.
 
-Made by the host (numpy), consumed by the device (jax); a NamedTuple, so it is a jax pytree without importing jax.
+Made by the host (numpy), consumed by the device (jax); a NamedTuple, so it is a jax
+pytree without importing jax.
 
-A batch has B independent rows with fixed budgets: T token slots, P patch slots and U visual-token slots. Several
-samples share a row; a sample never spans two rows, so nothing about a row ever needs another row. Example of one row
-with T=12, P=9, U=3 and merge size 2 holding an image of 2x4 patches (two visual tokens) and a text-only sample:
+A batch has B independent rows with fixed budgets: T token slots, P patch slots and U visual-token
+slots. Several samples share a row; a sample never spans two rows, so nothing about a row ever needs
+another row. Example of one row with T=12, P=9, U=3 and merge size 2 holding an image of 2x4 patches
+(two visual tokens) and a text-only sample:
 
     tokens     <u> <img> <img> what ? <a> cat <e> | hi <e> | - -
     segments    1    1     1    1   1  1   1   1  |  2  2  | 0 0      0 is padding
     positions   0    1     2    3   4  5   6   7  |  0  1  | 0 0      restart at 0 in each sample
-    source     -1    0     1   -1  -1 -1  -1  -1  | -1 -1  | -1 -1    visual token that fills the slot
-    targets     .    .     .    .   . cat <e>  .  | <e> .  | . .      the next token, already shifted
+    source     -1    0     1   -1  -1 -1  -1  -1  | -1 -1  | -1 -1    visual token of the slot
+    targets     .    .     .    .   . cat <e>  .  | <e> .  | . .      the next token (shifted)
     weights     0    0     0    0   0  1   1   0  |  1  0  | 0 0      of each target in the loss
 
     patch_segments  1 1 1 1 1 1 1 1 0       one segment per image, frame or tile
@@ -34,8 +36,8 @@ class Budget(NamedTuple):
         """Returns itself; ValueError when a size is impossible."""
         if self.tokens < 1 or self.group < 1 or self.patches < 0 or self.visual < 0:
             raise ValueError(
-                f"{self} is not a budget: tokens and group must be at least 1, patches and visual at least 0 "
-                "(0 for text-only rows)"
+                f"{self} is not a budget: tokens and group must be at least 1, patches and visual at "
+                "least 0 (0 for text-only rows)"
             )
         if bool(self.patches) != bool(self.visual):
             raise ValueError(
@@ -45,7 +47,7 @@ class Budget(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """B packed rows. Arrays are numpy on the host and jax arrays on the device; see the module docstring."""
+    """B packed rows. Arrays are numpy on the host, jax on the device; see the module docstring."""
 
     tokens: np.ndarray  # i32[B, T]; placeholders keep their id, `source` decides
     positions: np.ndarray  # i32[B, T]

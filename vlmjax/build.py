@@ -1,4 +1,4 @@
-"""From a ConfigDict to the dataclasses of each module: the only place where configs meet the library."""
+"""From a ConfigDict to the dataclasses of each module: where configs meet the library, only here."""
 
 import dataclasses
 from pathlib import Path
@@ -94,7 +94,7 @@ class Run:
 
 
 def section(cls, values, name):
-    """Returns cls(**values); ValueError naming the unknown or missing keys of config section `name`."""
+    """Returns cls(**values); ValueError naming unknown or missing keys of config section `name`."""
     values = dict(values)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(fields))
@@ -148,7 +148,8 @@ def resolve(config):
     unknown, missing = sorted(set(values) - allowed), sorted(allowed - set(values))
     if unknown or missing:
         raise ValueError(
-            f"config: unknown keys {unknown}, missing keys {missing}; a config has exactly {sorted(allowed)}"
+            f"config: unknown keys {unknown}, missing keys {missing}; a config has "
+            f"exactly {sorted(allowed)}"
         )
     return Run(
         stage=values["stage"],
@@ -166,7 +167,7 @@ def resolve(config):
 
 
 def abstract(cfg):
-    """Returns (graphdef, {path: ShapeDtypeStruct}, {path: logical axes}) of a model, without allocating it."""
+    """Returns (graphdef, {path: ShapeDtypeStruct}, {path: logical axes}); allocates nothing."""
     model = jax.eval_shape(lambda: VLM(cfg, rngs=nnx.Rngs(0)))
     graphdef, params = nn.unbind(model)
     axes = {
@@ -203,7 +204,8 @@ def check_params(params, shapes, source):
     ]
     if problems:
         raise ValueError(
-            f"weights of {source} do not fit the model of this config; change the one or the other:\n  "
+            f"weights of {source} do not fit the model of this config; "
+            "change the one or the other:\n  "
             + "\n  ".join(problems)
         )
 
@@ -229,6 +231,7 @@ def make_budget(run):
     """Returns the `Budget` of a row."""
     if len(run.data.budget) != 4:
         raise ValueError(
-            f"data.budget={run.data.budget} needs four numbers: tokens, patches, visual tokens, patches of a visual token"
+            f"data.budget={run.data.budget} needs four numbers: tokens, patches, visual "
+            "tokens, patches of a visual token"
         )
     return Budget(*run.data.budget).check()

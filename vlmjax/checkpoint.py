@@ -1,11 +1,11 @@
-"""Checkpoints: written by orbax in the background, sealed by a sha256 manifest, verified before they are read.
+"""Checkpoints: written by orbax in the background, sealed by sha256, verified when read.
 
     <workdir>/checkpoints/<step>/arrays/         orbax: parameters, optimizer state, step
     <workdir>/checkpoints/<step>/meta.json       position of the data stream, config
     <workdir>/checkpoints/<step>/manifest.json   sha256 of every file above, written last
 
-A directory without a manifest was interrupted and does not count. Orbax does not notice bit rot, so every byte is hashed
-on restore.
+A directory without a manifest was interrupted and does not count. Orbax does not notice bit rot, so
+every byte is hashed on restore.
 """
 
 import hashlib
@@ -119,7 +119,8 @@ def restore_params(workdir):
     folder = newest(workdir)
     if folder is None:
         raise CheckpointError(
-            f"{workdir} holds no complete checkpoint; run that stage first, or point init at a run that did"
+            f"{workdir} holds no complete checkpoint; run that stage first, or point init at a "
+            "run that did"
         )
     with ocp.StandardCheckpointer() as reader:
         path = (folder / "arrays").absolute()
@@ -133,7 +134,7 @@ def restore_params(workdir):
 
 
 class Saver:
-    """Saves in the background, keeps the last `keep` checkpoints. Use as a context manager: leaving it waits."""
+    """Saves in the background, keeps the last `keep`. Use as a context manager: leaving it waits."""
 
     def __init__(self, workdir, keep):
         self.folder, self.keep = Path(workdir).absolute() / "checkpoints", keep

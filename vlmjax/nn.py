@@ -1,10 +1,12 @@
 """Layers with parameters declared once: shape, initialiser, logical axes.
 
-Axis letters, used everywhere: B batch, T query tokens, S key tokens, P patches, U visual tokens, G patches of a visual
-token, D width, N heads, K key-value heads, H head size, M mlp width, V vocabulary, L layers.
+Axis letters, used everywhere: B batch, T query tokens, S key tokens, P patches, U visual tokens,
+G patches of a visual token, D width, N heads, K key-value heads, H head size, M mlp width,
+V vocabulary, L layers.
 
-Logical axes (`embed mlp heads kv_heads head_dim vocab patch`) are right-aligned: layers stacked by `stack` have one
-more leading axis than their parameters name. They get a meaning only in `sharding.py`.
+Logical axes (`embed mlp heads kv_heads head_dim vocab patch`) are right-aligned: layers stacked
+by `stack` have one more leading axis than their parameters name. They get a meaning only in
+`sharding.py`.
 """
 
 import math
@@ -38,7 +40,7 @@ def param(rngs, shape, axes, init="fan_in", fan_in=None, scale=1.0):
 
 
 class Dense(nnx.Module):
-    """y = x . kernel (+ bias), contracting the last `len(in_shape)` axes of x and appending `out_shape`.
+    """y = x . kernel (+ bias), contracting the last `len(in_shape)` axes of x into `out_shape`.
 
     The kernel f32[*in_shape, *out_shape] is cast to the dtype of x.
     """
@@ -52,7 +54,8 @@ class Dense(nnx.Module):
     def __call__(self, x):
         kernel = self.kernel[...].astype(x.dtype)
         lead, out_shape = x.shape[: x.ndim - self.contract], kernel.shape[self.contract :]
-        # Two matrices: with more axes XLA:CPU transposes activations for the weight gradient (2x the step time).
+        # Two matrices: with more axes XLA:CPU transposes activations for the weight gradient
+        # (2x the step time).
         fan_in, fan_out = math.prod(kernel.shape[: self.contract]), math.prod(out_shape)
         y = (x.reshape(-1, fan_in) @ kernel.reshape(fan_in, fan_out)).reshape(*lead, *out_shape)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
@@ -94,7 +97,7 @@ ACTIVATIONS = {
 
 
 class MLP(nnx.Module):
-    """down(act(up(x))), or down(act(gate(x)) * up(x)) when gated; `out_scale` is of the initial `down`."""
+    """down(act(up(x))), or down(act(gate(x)) * up(x)) if gated; `out_scale` is of `down`."""
 
     def __init__(self, width, hidden, act, *, rngs, gated, bias, out_scale=1.0):
         shape = ((width,), (hidden,), ("embed",), ("mlp",))
@@ -112,7 +115,7 @@ class MLP(nnx.Module):
 
 
 def unbind(module):
-    """Returns (graphdef, params): the static structure and the weights as a nested dict of arrays."""
+    """Returns (graphdef, params): the static structure and the weights, a nested dict."""
     graphdef, state = nnx.split(module)
     return graphdef, nnx.to_pure_dict(state)
 
@@ -148,8 +151,9 @@ def scan_layers(blocks, call, x, xs=None, remat="none"):
       call: function (layer, x, xs_i) -> (x, ys_i).
       x: the carry, the same shape before and after each layer.
       xs: optional pytree with a leading axis of L, one slice for each layer (a cache).
-      remat: what the backward pass may keep of a layer, a key of `REMAT`: "none" recomputes nothing, "full"
-        recomputes the whole layer, "dots" keeps matrix products, "attention" keeps attention outputs.
+      remat: what the backward pass may keep of a layer, a key of `REMAT`: "none" recomputes
+        nothing, "full" recomputes the whole layer, "dots" keeps matrix products, "attention" keeps
+        attention outputs.
 
     Returns:
       (x, ys) with ys stacked over layers.

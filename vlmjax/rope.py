@@ -13,7 +13,7 @@ def angles_1d(positions, head_dim, theta):
 
 
 def angles_2d(coords, head_dim, theta):
-    """Returns f32[..., H/2]: H/4 angles of the patch row, then H/4 of the column, at the same frequencies.
+    """Returns f32[..., H/2]: H/4 angles of the patch row, then H/4 of the column, same frequencies.
 
     Source: `VideoLlama3VisionRotaryEmbedding` in transformers.
 

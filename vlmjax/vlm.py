@@ -1,11 +1,11 @@
 """The vision-language model: encode, connect, place, decode.
 
-    visual = model.encode(batch)            ViT over packed patches, windows averaged, connector: [B, U, D]
+    visual = model.encode(batch)            ViT over packed patches, averaged, connector: [B, U, D]
     x = model.embed(batch, visual)          visual tokens put where the text left room: [B, T, D]
     hidden = model.decode(x, batch)         decoder over packed rows: [B, T, D]
 
-Everything that decides a shape has happened on the host (`batch.Batch`); here are only fixed shapes and gathers inside
-a row.
+Everything that decides a shape has happened on the host (`batch.Batch`); here are only fixed
+shapes and gathers inside a row.
 """
 
 import dataclasses

@@ -174,11 +174,11 @@ def run_vlmjax(args, samples):
         graphdef, shapes, axes = build.abstract(cfg)
         where = build.shardings(shapes, axes, mesh)
         params = jax.device_put(flatten(hf.load_params(args.folder)), where)
-        place = sharding.row_sharding(mesh)
+        place = functools.partial(sharding.place_rows, mesh)
         if not args.repeats:
             (batch,) = pack_rows(samples[: args.batch], args.batch, 1, blocks)
             loss = jax.jit(lambda p, b: OBJECTIVES["sft"](bind(graphdef, unflatten(p)), b)[0])
-            return {"loss": float(loss(params, jax.device_put(batch, place)))}
+            return {"loss": float(loss(params, jax.tree.map(place, batch)))}
         batches = pack_rows(samples, rows, args.batch / rows, blocks)
         lrs = dict.fromkeys(params, LR)
         optimizer = make_optimizer(OptimConfig(schedule="constant", warmup=0.0), lrs, 1)
@@ -191,7 +191,7 @@ def run_vlmjax(args, samples):
 
         def step(batch):
             nonlocal state
-            state, values = train_step(state, jax.device_put(batch, place))
+            state, values = train_step(state, jax.tree.map(place, batch))
             jax.block_until_ready(values["loss"])
 
         seconds, cpu = timed(step, batches, args)

@@ -34,7 +34,8 @@ def test_layout_of_a_row():
         batch.windows[0, :3], [[4, 5, 6, 7], [8, -1, -1, -1], [9, -1, -1, -1]]
     )
     np.testing.assert_array_equal(batch.patch_coords[0, 4:8], [[0, 2], [0, 3], [1, 2], [1, 3]])
-    # labels are shifted: the loss at a slot predicts the next token, and never the first of the next sample
+    # labels are shifted: the loss at a slot predicts the next token, and never the first of the
+    # next sample
     np.testing.assert_array_equal(np.nonzero(batch.weights[0])[0], [2, 3, 4, 9, 10, 11])
     np.testing.assert_array_equal(batch.targets[0, [2, 3, 4]], one.tokens[3:6])
     assert (stats.visual, stats.visual_before_pruning, stats.patch_pairs) == (3, 4, 64 + 4)

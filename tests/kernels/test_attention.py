@@ -59,7 +59,7 @@ def test_blockwise_equals_ref(layout, heads, causal):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("block", [4, 8, 16])
 def test_executed_pairs_are_exactly_the_needed_ones(block, causal):
-    """Counted against the dense mask: a block pair is listed iff some query in it may see some key."""
+    """Counted against the dense mask: a block pair is listed iff some query in it may see a key."""
     rng = np.random.default_rng(1)
     rows = []
     for _ in range(6):

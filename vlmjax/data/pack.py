@@ -1,4 +1,4 @@
-"""Packs samples into the fixed budgets of a `Batch`: first-fit decreasing over a look-ahead pool."""
+"""Packs samples into the fixed budgets of a `Batch`: first-fit decreasing in a look-ahead pool."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ NORMALISATIONS = ("token", "sample", "sqrt")
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """What a batch holds, for metrics and the FLOP count; all counts are of real slots, never padding.
+    """What a batch holds, for metrics and the FLOP count; counts are of real slots, never padding.
 
     `token_pairs` and `patch_pairs` are the sums of n_i^2 over samples and over images or frames.
     """
@@ -50,13 +50,14 @@ def check_fits(sample, budget):
     ]
     if over:
         raise ValueError(
-            f"record {sample.id!r} has {', '.join(over)}: it fits no row and is never cut silently. Raise the row "
-            "budget of data.budget, or lower the processor's max_visual_tokens or max_frames"
+            f"record {sample.id!r} has {', '.join(over)}: it fits no row and is never cut "
+            "silently. Raise the row budget of data.budget, or lower the processor's max_visual_tokens or max_frames"
         )
     kept = sum(int(i.keep.sum()) for i in sample.items)
     if kept != sizes[2]:
         raise ValueError(
-            f"record {sample.id!r} has {sizes[2]} placeholders for {kept} visual tokens; they must be equal"
+            f"record {sample.id!r} has {sizes[2]} placeholders for {kept} visual tokens; they "
+            "must be equal"
         )
     return sizes
 
@@ -96,7 +97,7 @@ def window_coords(h, w, merge):
 
 
 def token_weights(sample, normalisation):
-    """Returns f32[n]: the weight of each label of a sample before the batch is normalised to sum 1."""
+    """Returns f32[n]: weights of the labels of a sample before the batch is normalised to sum 1."""
     supervised = sample.labels[1:] != -100
     n = max(int(supervised.sum()), 1)
     scale = {"token": 1.0, "sample": 1.0 / n, "sqrt": 1.0 / np.sqrt(n)}[normalisation]
@@ -110,8 +111,9 @@ def pack(samples_by_row, budget, patch_dim, normalisation="token"):
       samples_by_row: B lists of `Sample`; what a list holds must fit the budget together.
       budget: a `Budget`.
       patch_dim: values in a patch row.
-      normalisation: of the loss over the whole batch. "token": every supervised token counts the same; "sample": every
-        sample; "sqrt": samples count with the square root of their supervised tokens. Weights sum to 1.
+      normalisation: of the loss over the whole batch. "token": every supervised token counts the
+        same; "sample": every sample; "sqrt": samples count with the square root of their supervised
+        tokens. Weights sum to 1.
     """
     if normalisation not in NORMALISATIONS:
         raise ValueError(

@@ -1,7 +1,7 @@
 """Sources: random-access sequences of records, opened by a spec.
 
 demo:TASK        records of the embedded demo, without end
-json:FILE        LLaVA / VideoLLaMA3 annotations, a JSON list or one object a line (see `data.annotation`)
+json:FILE        LLaVA / VideoLLaMA3 annotations, a JSON list or JSON lines (see `data.annotation`)
 """
 
 import json
@@ -11,7 +11,7 @@ from vlmjax.data import annotation
 
 
 class JsonSource:
-    """Annotations of a JSON or JSONL file; media paths are relative to `media_root` and stay inside it."""
+    """Annotations of a JSON or JSONL file; media paths are relative to, and inside, `media_root`."""
 
     def __init__(self, file, media_root):
         text = Path(file).read_text()

@@ -1,4 +1,4 @@
-"""The training stream: (seed, n) -> record, and records -> packed batches with a state that resumes exactly."""
+"""The training stream: (seed, n) -> record, records -> packed batches; resumes exactly."""
 
 import dataclasses
 import functools
@@ -15,9 +15,10 @@ from vlmjax.data.pack import Stats, check_fits, first_fit, pack
 class Mixture:
     """An endless stream: position n of it is a pure function of (seed, n).
 
-    Draws come in rounds of `round_size`. A round holds each source in proportion to its weight (a remainder is carried,
-    so that proportions are exact in the long run) in a shuffled order. A source of finite length is read in epochs, each
-    a new permutation; one without `len` is read by a running number.
+    Draws come in rounds of `round_size`. A round holds each source in proportion to its weight (a
+    remainder is carried, so that proportions are exact in the long run) in a shuffled order. A
+    source of finite length is read in epochs, each a new permutation; one without `len` is read by
+    a running number.
     """
 
     def __init__(self, sources, weights, seed, round_size=1024):
@@ -31,7 +32,8 @@ class Mixture:
         """
         if not sources or len(sources) != len(weights) or min(weights) <= 0:
             raise ValueError(
-                f"a mixture needs sources with positive weights, got {len(sources)} sources and weights {weights}"
+                f"a mixture needs sources with positive weights, got {len(sources)} sources "
+                f"and weights {weights}"
             )
         self.sources, self.seed, self.round_size = list(sources), seed, round_size
         self.shares = np.asarray(weights, np.float64) / np.sum(weights)
@@ -66,7 +68,7 @@ class Mixture:
 
 
 class Position(NamedTuple):
-    """Where a stream stands after a step: the next draw, and the draws that wait in the look-ahead pool."""
+    """Where a stream stands after a step: the next draw, and the draws waiting in the pool."""
 
     next: int = 0
     pool: tuple = ()
@@ -85,8 +87,9 @@ class PackedBatch:
 def packed_batches(stream, process, budget, rows, *, pool, patch_dim, normalisation, position=None):
     """Yields `PackedBatch` without end.
 
-    The pool holds `pool` samples. Every step fills its rows from it, the ones that have waited longest first and then
-    the largest first, so nothing starves and nothing is lost: what does not fit waits.
+    The pool holds `pool` samples. Every step fills its rows from it, the ones that have waited
+    longest first and then the largest first, so nothing starves and nothing is lost: what does not
+    fit waits.
 
     Args:
       stream: draw number -> record.
@@ -134,7 +137,7 @@ def packed_batches(stream, process, budget, rows, *, pool, patch_dim, normalisat
 
 
 def prefetch(iterator, depth=2):
-    """Yields the items of an iterator that runs `depth` ahead in a thread; its exceptions are raised here."""
+    """Yields the items of an iterator that runs `depth` ahead in a thread; raises its exceptions."""
     ready, stop = queue.Queue(depth), threading.Event()
 
     def put(item):

@@ -1,1 +1,1 @@
-"""Operations with more than one implementation: in each folder `ref` defines, the others accelerate, `api` chooses."""
+"""Operations in several implementations: `ref` defines, the others accelerate, `api` chooses."""

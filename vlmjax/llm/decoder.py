@@ -1,4 +1,6 @@
-"""The decoder: Llama and Qwen2/2.5 by preset. Embeddings in, hidden states out; the head is applied by the caller.
+"""The decoder: Llama and Qwen2/2.5 by preset. Embeddings in, hidden states out.
+
+The head is applied by the caller.
 
 Source: `modeling_qwen2.py` and `modeling_llama.py` in transformers.
 """
@@ -33,7 +35,8 @@ class DecoderConfig:
     def __post_init__(self):
         if self.heads % self.kv_heads:
             raise ValueError(
-                f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}; grouped-query attention needs that"
+                f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}; "
+                "grouped-query attention needs that"
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even for rotary positions")
@@ -123,10 +126,10 @@ class Decoder(nnx.Module):
         Args:
           x: [B, T, D] embeddings.
           positions: i32[B, T].
-          segments: i32[B, T] of packed rows, in order, 0 = padding at the end; attention stays inside a segment. None
-            appends the tokens to the cache instead.
-          cache: of `init_cache`, or None. With segments (prefill, one segment a row) it is filled from slot 0; without,
-            the new tokens go to the slots of their positions.
+          segments: i32[B, T] of packed rows, in order, 0 = padding at the end; attention stays inside a
+            segment. None appends the tokens to the cache instead.
+          cache: of `init_cache`, or None. With segments (prefill, one segment a row) it is filled from
+            slot 0; without, the new tokens go to the slots of their positions.
           attention: an `AttentionSpec` for packed rows.
           remat: a key of `nn.REMAT`.
         """

@@ -1,6 +1,7 @@
 """Training objectives: functions (model, batch) -> (loss, metrics), chosen by name.
 
-The loss of a batch is a sum whose weights are in the batch, so the losses of micro-batches add up to that of the batch.
+The loss of a batch is a sum whose weights are in the batch, so the losses of micro-batches add up
+to that of the batch.
 """
 
 from vlmjax.objectives.sft import sft

@@ -2,9 +2,11 @@
 
 FLOPs are multiplies and adds (2 for each weight and token) of real slots only, never of padding:
 
-    vision   patches x 2 x weights  +  4 x layers x heads x head size x sum over images or frames of n_i^2
+    vision   patches x 2 x weights
+             +  4 x layers x heads x head size x sum over images or frames of n_i^2
     connector  visual tokens (after pruning) x 2 x weights
-    llm      tokens x 2 x weights of the blocks  +  2 x layers x heads x head size x sum over samples of n_i^2   (causal: half)
+    llm      tokens x 2 x weights of the blocks
+             +  2 x layers x heads x head size x sum over samples of n_i^2   (causal: half)
     head     supervised tokens x 2 x width x vocabulary
 
 Each part is counted as often as training needs it: once forward; once more when a gradient has to
@@ -32,7 +34,7 @@ PEAK = {  # dense bf16 FLOP/s of a chip, from the vendors' data sheets
 
 
 def peak_flops(devices):
-    """Returns the peak of all devices together in FLOP/s, or None when a kind is not in `PEAK` (a CPU)."""
+    """Returns the peak of all devices together in FLOP/s, None if a kind is not in `PEAK` (a CPU)."""
     peaks = [
         next((v for k, v in PEAK.items() if d.device_kind.startswith(k)), None) for d in devices
     ]
@@ -40,7 +42,7 @@ def peak_flops(devices):
 
 
 def forward_flops(cfg, stats):
-    """Returns {part: (FLOPs of products with weights, of the first of them, of attention)}, forward.
+    """Returns {part: (FLOPs of products with weights, of the first, of attention)}, forward.
 
     Args:
       cfg: `VLMConfig`.

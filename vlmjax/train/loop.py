@@ -1,4 +1,4 @@
-"""The training loop, top to bottom: build, shard, restore, then for every step data, step, log, save."""
+"""The training loop, top to bottom: build, shard, restore; then data, step, log, save."""
 
 import dataclasses
 import json
@@ -24,17 +24,18 @@ class NonFiniteLoss(ValueError):
 
 
 def check_init(init, stage):
-    """Returns {module: source} of a dict, {} otherwise; ValueError for a source that is empty or unknown."""
+    """Returns {module: source} of a dict, {} otherwise; ValueError for an empty or unknown source."""
     if init == "":
         raise ValueError(
-            f"init of stage {stage} is empty; it needs the work directory of the stage before; give --config.init=DIR"
+            f"init of stage {stage} is empty; it needs the work directory of the stage before; "
+            "give --config.init=DIR"
         )
     sources = init if isinstance(init, dict) else {}
     empty = [module for module, source in sources.items() if source == ""]
     if empty:
         raise ValueError(
-            f"stage {stage} starts from weights that are not given: init of {', '.join(empty)} is empty; allowed are "
-            "the directory of a Hugging Face checkpoint or a random start; give "
+            f"stage {stage} starts from weights that are not given: init of {', '.join(empty)} is "
+            "empty; allowed are the directory of a Hugging Face checkpoint or a random start; give "
             + " ".join(f"--config.init.{module}=hf:DIR" for module in empty)
             + " (or =random)"
         )
@@ -42,8 +43,8 @@ def check_init(init, stage):
         known = source in (None, "random") or (isinstance(source, str) and source.startswith("hf:"))
         if module not in ("vision", "connector", "llm") or not known:
             raise ValueError(
-                f"init[{module!r}]={source!r} is not allowed: init is None, a work directory, or a dict from vision, "
-                "connector, llm to 'hf:DIR' or 'random'; change that entry"
+                f"init[{module!r}]={source!r} is not allowed: init is None, a work directory, or a "
+                "dict from vision, connector, llm to 'hf:DIR' or 'random'; change that entry"
             )
     return {module: source for module, source in sources.items() if source not in (None, "random")}
 
@@ -52,8 +53,9 @@ def initial_params(run, shapes, where):
     """Returns {path: array} to start from.
 
     Args:
-      run: a `build.Run`. `init` is None (random), the work directory of an earlier stage, or {"vision" | "connector" |
-        "llm": "hf:DIR", or "random" or None}. An empty string stands for what the command line must give.
+      run: a `build.Run`. `init` is None (random), the work directory of an earlier stage, or
+        {"vision" | "connector" | "llm": "hf:DIR", or "random" or None}. An empty string stands for
+        what the command line must give.
       shapes: {path: ShapeDtypeStruct} of the model.
       where: {path: sharding}.
     """
@@ -168,7 +170,7 @@ def train(config, workdir, tensorboard=False):
         step_fn = make_train_step(graphdef, objective, optimizer, run.train.accumulate)
         placed = jax.tree.map(lambda x: x.sharding, state)
         train_step = jax.jit(step_fn, donate_argnums=0, out_shardings=(placed, None))
-        factor, rows = schedule(run.optim, run.train.steps), sharding.row_sharding(mesh)
+        factor = schedule(run.optim, run.train.steps)
 
         start, batches = int(state.step), open_batches(run, position)
         window, waited, pending, losses = [], 0.0, None, {}
@@ -181,7 +183,7 @@ def train(config, workdir, tensorboard=False):
                 before = time.monotonic()
                 packed = next(batches)
                 waited += time.monotonic() - before
-                batch = jax.tree.map(partial(jax.make_array_from_process_local_data, rows), packed.batch)
+                batch = jax.tree.map(partial(sharding.place_rows, mesh), packed.batch)
                 state, values = train_step(state, batch)
 
                 # The step before is looked at while this one runs: the device never waits for the
@@ -189,7 +191,8 @@ def train(config, workdir, tensorboard=False):
                 last_step = step == run.train.steps or bool(stop)
                 log = step % run.train.log_every == 0 or step == start + 1 or last_step
                 save = step % run.train.save_every == 0 or last_step
-                for done, done_values, ids in [pending] * bool(pending) + [(step, values, packed.ids)] * (log or save):
+                unseen = [pending] * bool(pending) + [(step, values, packed.ids)] * (log or save)
+                for done, done_values, ids in unseen:
                     check_finite(done, done_values, ids)
                     losses[done] = float(done_values["loss"])
                 pending = (step, values, packed.ids)
@@ -216,7 +219,7 @@ def train(config, workdir, tensorboard=False):
 
 
 def summarise(run, workdir, step, compiles, losses, seconds):
-    """Writes loss.png and summary.json of a stage; returns the summary, of all sessions of the run."""
+    """Writes loss.png and summary.json of a stage; returns the summary of all sessions."""
     file, losses = workdir / "summary.json", list(losses.values())
     before = json.loads(file.read_text()) if file.exists() else {}
     if not losses:

@@ -11,13 +11,15 @@ import optax
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with a warm-up and a schedule shared by all parameters; the peak comes from the `lr` table.
+    """AdamW with a warm-up and a schedule shared by all parameters; peaks come from the `lr` table.
 
     Attributes:
       name: a key of `OPTIMIZERS`.
       b1, b2, eps: of Adam.
-      wd: decoupled weight decay of kernels and embeddings, times the learning rate; norms and biases never decay.
-      clip: "none", "global_norm" (all gradients together), "block_rms" (each parameter) or "value" (each element).
+      wd: decoupled weight decay of kernels and embeddings, times the learning rate; norms and biases
+        never decay.
+      clip: "none", "global_norm" (all gradients together), "block_rms" (each parameter) or
+        "value" (each element).
       clip_at: its threshold.
       schedule: a key of `SCHEDULES`, from 1 to 0 over the steps after warm-up.
       warmup: share of the steps with a linear rise from 0.
@@ -69,7 +71,7 @@ def resolve_lr(table, paths):
       paths: of all parameters, "llm/blocks/attn/q/kernel".
 
     Raises:
-      ValueError: a parameter that no row matches, or a row that matches no parameter (a misspelling).
+      ValueError: a parameter that no row matches, or a row that matches no parameter (misspelt).
     """
     lrs, unused, unmatched = {}, [pattern for pattern, _ in table], []
     for path in paths:
@@ -89,8 +91,8 @@ def resolve_lr(table, paths):
                 else ""
             )
             + (f" no parameter matches {unused};" if unused else "")
-            + f" rows are (regex of the whole path, learning rate or None to freeze), paths start with {modules}, "
-            f'e.g. ("llm/.*", None)'
+            + f" rows are (regex of the whole path, learning rate or None to freeze), paths "
+            f'start with {modules}, e.g. ("llm/.*", None)'
         )
     return lrs
 

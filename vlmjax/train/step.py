@@ -11,7 +11,7 @@ from vlmjax.train.optimizer import module_norms
 
 
 class TrainState(NamedTuple):
-    """Everything that changes. Parameters are flat {path: array} dicts, split before any gradient is taken."""
+    """Everything that changes. Parameters are flat {path: array} dicts, split before any gradient."""
 
     step: jax.Array  # i32[], steps done
     trainable: dict  # f32 masters
@@ -61,8 +61,8 @@ def make_train_step(graphdef, objective, optimizer, accumulate=1):
       graphdef: of `nn.unbind`.
       objective: function (model, batch) -> (loss, metrics).
       optimizer: of `make_optimizer`.
-      accumulate: micro-batches that the rows of a batch are cut into; their gradients are added up, which gives the
-        gradient of the whole batch because the loss is a sum with weights made for the whole batch.
+      accumulate: micro-batches that the rows of a batch are cut into; their gradients are added up,
+        which gives the gradient of the whole batch because the loss is a sum with weights made for the whole batch.
     """
 
     def loss_of(trainable, frozen, batch):

@@ -1,7 +1,7 @@
 """The vision transformer: packed patches of native-resolution images in, one feature per patch out.
 
-As in VideoLLaMA3 (arXiv:2501.13106): the SigLIP so400m body without its position table, with 2-D RoPE, and attention
-inside one image or frame. Source: `modeling_video_llama_3.py` in transformers.
+As in VideoLLaMA3 (arXiv:2501.13106): the SigLIP so400m body without its position table, with 2-D
+RoPE, and attention inside one image or frame. Source: `modeling_video_llama_3.py` in transformers.
 """
 
 import dataclasses
@@ -31,8 +31,8 @@ class ViTConfig:
     def __post_init__(self):
         if self.width % self.heads or self.head_dim % 4:
             raise ValueError(
-                f"vision width={self.width} with heads={self.heads} is not allowed: the head size width / heads must be "
-                "a whole multiple of 4 for 2-D RoPE; change width or heads"
+                f"vision width={self.width} with heads={self.heads} is not allowed: the head size "
+                "width / heads must be a whole multiple of 4 for 2-D RoPE; change width or heads"
             )
 
     @property

@@ -16,7 +16,7 @@ OUTPUT = flags.DEFINE_string("output", None, "folder of the files", required=Tru
 
 
 def write_video(file, frames, timestamps):
-    """Writes frames u8[t, h, w, 3] as a lossless video that shows each until the next one's time."""
+    """Writes frames u8[t, h, w, 3] as a lossless video that shows each until the next's time."""
     rate = 10  # frames a second in the file; the processor looks at one a second
     length = timestamps[-1] + 1
     with av.open(str(file), "w") as container:

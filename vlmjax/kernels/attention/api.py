@@ -27,7 +27,7 @@ class AttentionSpec(NamedTuple):
 
 
 def plan(segments, *, causal, spec):
-    """Returns what `attention` needs to know of a packed layout, i32[B, S] segments in order, 0 = padding."""
+    """Returns what `attention` needs to know of a packed layout, i32[B, S], 0 = padding."""
     if spec.check().kind == "ref":
         return ref.segment_mask(segments, segments, causal)
     return blockwise.plan(segments, spec.block, causal)

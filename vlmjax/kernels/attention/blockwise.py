@@ -1,9 +1,10 @@
-"""Blockwise attention that only visits block pairs sharing a segment: work follows the sum of n_i^2.
+"""Blockwise attention that visits only block pairs sharing a segment: work follows sum of n_i^2.
 
-Portable jax for any backend. A packed row of S slots is cut into blocks. `plan` lists, on the device, the pairs
-(query block, key block) that have work; forward and backward are loops over that list whose trip count is data, so the
-compiled program is one while its work is whatever the segments need. Softmax statistics are kept online as in
-FlashAttention (arXiv:2205.14135); logits exist for one pair at a time.
+Portable jax for any backend. A packed row of S slots is cut into blocks. `plan` lists, on the
+device, the pairs (query block, key block) that have work; forward and backward are loops over that
+list whose trip count is data, so the compiled program is one while its work is whatever the
+segments need. Softmax statistics are kept online as in FlashAttention (arXiv:2205.14135); logits
+exist for one pair at a time.
 """
 
 import functools
@@ -51,7 +52,7 @@ def plan(segments, block, causal):
 
 
 def _blocks(x, S, block, kv_heads):
-    """[B, T, N, H] -> [B, n, K, block * N/K, H], zero-padded to S slots: the heads of a group are rows of one matrix."""
+    """[B, T, N, H] -> [B, n, K, block * N/K, H], zero-padded to S; heads of a group become rows."""
     B, T, N, H = x.shape
     x = jnp.pad(x, ((0, 0), (0, S - T), (0, 0), (0, 0)))
     x = x.reshape(B, S // block, block, kv_heads, N // kv_heads, H)
@@ -143,7 +144,7 @@ def _forward(q, k, v, work, block, causal):
 
 def _backward(block, causal, residuals, g):
     q, k, v, work, out, lse = residuals
-    (B, T, N, H), K, S = q.shape, k.shape[2], work.segments.shape[1]
+    (_, T, N, H), K, S = q.shape, k.shape[2], work.segments.shape[1]
     qb, kb, vb = (_blocks(x, S, block, K) for x in (q, k, v))
     gb = _blocks(g, S, block, K)
     delta = jnp.einsum(

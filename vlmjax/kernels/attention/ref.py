@@ -5,7 +5,9 @@ import jax.numpy as jnp
 
 
 def segment_mask(q_segments, kv_segments, causal):
-    """Returns bool[B, T, S], True where a query may look: the same segment, not padding, and not later if causal.
+    """Returns bool[B, T, S], True where a query may look.
+
+    The same segment, not padding, and not later if causal.
 
     Example, segments [1, 1, 2, 0], causal:
 
@@ -22,7 +24,7 @@ def segment_mask(q_segments, kv_segments, causal):
 
 
 def masked_attention(q, k, v, mask):
-    """Returns [B, T, N, H] in the dtype of q; logits and softmax in f32. A query with no key gets 0.
+    """Returns [B, T, N, H] in the dtype of q; logits and softmax in f32. 0 for a query without key.
 
     Args:
       q: [B, T, N, H], scaled by H^-0.5 here.

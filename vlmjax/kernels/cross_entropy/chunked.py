@@ -1,7 +1,8 @@
-"""Linear layer + cross-entropy over supervised tokens in chunks: logits of other tokens never exist.
+"""Linear layer + cross-entropy over supervised tokens in chunks; other tokens never get logits.
 
-The supervised tokens are brought to the front by one stable sort; a loop whose trip count is their number takes a chunk
-at a time through the head. The backward pass makes the chunk's logits again, so memory is one chunk of logits.
+The supervised tokens are brought to the front by one stable sort; a loop whose trip count is their
+number takes a chunk at a time through the head. The backward pass makes the chunk's logits again,
+so memory is one chunk of logits.
 """
 
 import functools
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 
 
 def _setup(hidden, targets, mask, chunk):
-    """Returns (flat hidden, flat targets, order padded to whole chunks, number supervised, number of chunks)."""
+    """Returns (flat hidden, flat targets, order in whole chunks, number supervised, chunks)."""
     N = mask.size
     flat = mask.reshape(N)
     count = flat.sum(dtype=jnp.int32)
@@ -23,7 +24,7 @@ def _setup(hidden, targets, mask, chunk):
 
 
 def _chunk_logits(c, order, count, hidden, head, targets, chunk):
-    """Returns (indices with unsupervised ones out of range, hidden rows, f32 logits, targets) of chunk c."""
+    """Returns (indices, out of range if unsupervised; hidden rows; f32 logits; targets)."""
     index = jax.lax.dynamic_slice_in_dim(order, c * chunk, chunk)
     index = jnp.where(c * chunk + jnp.arange(chunk) < count, index, hidden.shape[0])
     rows = jnp.take(hidden, index, axis=0, mode="clip")
