@@ -30,7 +30,7 @@ if [ "$command" = test ]; then
   install test-torch "torch==2.13.0"
   install test -e ".[test]"
   install test-vision --no-deps "torchvision==0.28.0"
-  exec $bin/python -m pytest "$@"
+  exec $bin/python -m pytest -n 2 "$@"
 fi
 
 say "installing"
@@ -38,8 +38,8 @@ install demo -e .
 out=${1:-runs/demo}
 # One CPU device a core: XLA runs them side by side, about twice as fast as one device on two cores.
 export JAX_NUM_CPU_DEVICES=${JAX_NUM_CPU_DEVICES:-$(n=$(nproc); echo $((n >= 4 ? 4 : n >= 2 ? 2 : 1)))}
-# glibc gives the buffers of every step back to the kernel and faults them in again: 30 times the page faults.
-export GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=4000000000:glibc.malloc.arena_max=1
+# Huge pages, and no trimming: glibc gives the buffers of every step back to the kernel and faults them in again: 30 times the page faults.
+export GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=4000000000:glibc.malloc.arena_max=1
 for stage in 0 1 2 3 4; do
   say "stage $stage: $(sed -n "s/^Stage $stage: //p" configs/demo.py)"
   $bin/python -m vlmjax.main train --config "configs/demo.py:stage=$stage,root=$out" --workdir "$out/stage$stage"

@@ -43,7 +43,8 @@ def test_count_equals_that_of_xla(tmp_path, which):
     step = make_train_step(graphdef, OBJECTIVES["sft"], optimizer)
     counted = jax.jit(step).lower(state, batch).compile().cost_analysis()["flops"]
     ours = flops.train_flops(run.model, stats, {p.split("/")[0] for p in peaks})
-    # XLA counts elementwise work too, a few per cent at this width; a wrong multiplier is 25 % or more.
+    # XLA counts elementwise work too, a few per cent at this width; a wrong multiplier is 25 %
+    # or more.
     assert 0.9 * counted < sum(ours.values()) < 1.02 * counted
 
 

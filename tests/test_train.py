@@ -157,6 +157,7 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     assert params
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one(tmp_path):
     """Run in its own process, with eight CPU devices; the mesh spreads rows and shards weights."""
     code = f"""
@@ -197,6 +198,7 @@ loop.train(config, folder / "run")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=["kill", "terminate"])
 def test_killed_run_loses_at_most_the_steps_since_the_last_checkpoint(tmp_path, how):
     code = TRAIN.format(path=sys.path, folder=str(tmp_path))

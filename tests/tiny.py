@@ -10,7 +10,7 @@ from vlmjax.data.tokenizer import byte_tokenizer
 
 
 def annotations(folder, number=6):
-    """Writes pictures of odd sizes and annotations.json: images, an image pair, text-only records."""
+    """Writes pictures of odd sizes and annotations.json: images, an image pair, text records."""
     rng = np.random.default_rng(0)
     rows = []
     for i in range(number):

@@ -37,7 +37,7 @@ class Attention(nnx.Module):
 
 
 def packed(segments, *, causal, spec):
-    """Returns the `attend` of packed rows, i32[B, S] segments; block pairs are listed once, here."""
+    """Returns the `attend` of packed rows, i32[B, S] segments; block pairs are listed once."""
     work = sharding.map_rows(functools.partial(api.plan, causal=causal, spec=spec), segments)
 
     def attend(q, k, v, cache):
@@ -52,8 +52,8 @@ def packed(segments, *, causal, spec):
 def cached(positions):
     """Returns the `attend` that appends to a cache and sees everything up to its own position.
 
-    Slot j of the cache holds position j, so a query sees slots 0 .. its position. Slots after the last
-    written one hold leftovers that no query can see before they are overwritten.
+    Slot j of the cache holds position j, so a query sees slots 0 .. its position. Slots after the
+    last written one hold leftovers that no query can see before they are overwritten.
 
     Args:
       positions: i32[B, T] of the new tokens, consecutive in each row.

@@ -36,8 +36,8 @@ class Budget(NamedTuple):
         """Returns itself; ValueError when a size is impossible."""
         if self.tokens < 1 or self.group < 1 or self.patches < 0 or self.visual < 0:
             raise ValueError(
-                f"{self} is not a budget: tokens and group must be at least 1, patches and visual at "
-                "least 0 (0 for text-only rows)"
+                f"{self} is not a budget: tokens and group must be at least 1, patches and visual "
+                "at least 0 (0 for text-only rows)"
             )
         if bool(self.patches) != bool(self.visual):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""From a ConfigDict to the dataclasses of each module: where configs meet the library, only here."""
+"""From a ConfigDict to the dataclasses of each module: only here configs meet the library."""
 
 import dataclasses
 from pathlib import Path
@@ -15,8 +15,8 @@ from vlmjax.data.sources import open_source
 from vlmjax.data.stream import Mixture
 from vlmjax.data.tokenizer import Tokenizer
 from vlmjax.llm import decoder
+from vlmjax.nn import flatten
 from vlmjax.train.optimizer import OptimConfig
-from vlmjax.train.step import flatten
 from vlmjax.vision import vit
 from vlmjax.vlm import VLM, Compute, VLMConfig
 
@@ -205,8 +205,7 @@ def check_params(params, shapes, source):
     if problems:
         raise ValueError(
             f"weights of {source} do not fit the model of this config; "
-            "change the one or the other:\n  "
-            + "\n  ".join(problems)
+            "change the one or the other:\n  " + "\n  ".join(problems)
         )
 
 

@@ -134,7 +134,7 @@ def restore_params(workdir):
 
 
 class Saver:
-    """Saves in the background, keeps the last `keep`. Use as a context manager: leaving it waits."""
+    """Saves in the background, keeps the last `keep`. Use as a context manager: exit waits."""
 
     def __init__(self, workdir, keep):
         self.folder, self.keep = Path(workdir).absolute() / "checkpoints", keep

@@ -125,6 +125,27 @@ def bind(graphdef, params):
     return nnx.merge(graphdef, params)
 
 
+def flatten(tree, prefix=""):
+    """Returns {path: leaf} of a nested dict."""
+    flat = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        flat |= flatten(value, f"{path}/") if isinstance(value, dict) else {path: value}
+    return flat
+
+
+def unflatten(flat):
+    """The inverse of `flatten`."""
+    tree = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[name] = leaf
+    return tree
+
+
 def stack(make, num, *, rngs):
     """Returns one module whose every parameter has a leading axis of `num` layers.
 

@@ -35,7 +35,8 @@ def make_mesh(data=-1, fsdp=1, seq=1, tensor=1, devices=None):
     if known != len(devices) or min(sizes) < 1:
         raise ValueError(
             f"mesh data={data}, fsdp={fsdp}, seq={seq}, tensor={tensor} does not fit "
-            f"{len(devices)} devices; the sizes must multiply to that number (one may be -1 for the rest)"
+            f"{len(devices)} devices; the sizes must multiply to that number "
+            "(one may be -1 for the rest)"
         )
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 

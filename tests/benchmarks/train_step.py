@@ -153,10 +153,10 @@ def run_vlmjax(args, samples):
     import jax
 
     from vlmjax import build, hf, sharding
-    from vlmjax.nn import bind
+    from vlmjax.nn import bind, flatten, unflatten
     from vlmjax.objectives import OBJECTIVES
     from vlmjax.train.optimizer import OptimConfig, make_optimizer
-    from vlmjax.train.step import flatten, init_state, make_train_step, unflatten
+    from vlmjax.train.step import init_state, make_train_step
     from vlmjax.vlm import Compute
 
     blocks = args.llm_block, args.vision_block

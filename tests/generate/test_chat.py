@@ -13,7 +13,7 @@ import vlmjax
 from vlmjax import build, checkpoint
 from vlmjax.generate import cli
 from vlmjax.generate.chat import Chat
-from vlmjax.train.step import flatten
+from vlmjax.nn import flatten
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (28, 42, 3), dtype=np.uint8)
 QUESTION = {"type": "text", "text": "what?"}

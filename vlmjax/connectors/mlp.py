@@ -1,4 +1,4 @@
-"""The MLP connector of LLaVA-1.5 and VideoLLaMA3 (`mlp2x_gelu`): linear layers, exact GELU between."""
+"""The MLP connector of LLaVA-1.5 and VideoLLaMA3 (`mlp2x_gelu`): linear layers and exact GELU."""
 
 import dataclasses
 

@@ -51,7 +51,8 @@ def check_fits(sample, budget):
     if over:
         raise ValueError(
             f"record {sample.id!r} has {', '.join(over)}: it fits no row and is never cut "
-            "silently. Raise the row budget of data.budget, or lower the processor's max_visual_tokens or max_frames"
+            "silently. Raise the row budget of data.budget, or lower the processor's "
+            "max_visual_tokens or max_frames"
         )
     kept = sum(int(i.keep.sum()) for i in sample.items)
     if kept != sizes[2]:

@@ -11,7 +11,7 @@ from vlmjax.data import annotation
 
 
 class JsonSource:
-    """Annotations of a JSON or JSONL file; media paths are relative to, and inside, `media_root`."""
+    """Annotations of a JSON or JSONL file; media paths are relative to `media_root`, inside it."""
 
     def __init__(self, file, media_root):
         text = Path(file).read_text()

@@ -137,7 +137,7 @@ def packed_batches(stream, process, budget, rows, *, pool, patch_dim, normalisat
 
 
 def prefetch(iterator, depth=2):
-    """Yields the items of an iterator that runs `depth` ahead in a thread; raises its exceptions."""
+    """Yields the items of an iterator that runs `depth` ahead in a thread; errors are raised."""
     ready, stop = queue.Queue(depth), threading.Event()
 
     def put(item):

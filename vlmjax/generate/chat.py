@@ -16,7 +16,7 @@ from vlmjax.data.processor import Processor
 from vlmjax.generate.decode import Generator
 from vlmjax.generate.sampling import SamplingConfig
 from vlmjax.generate.stream import Stream
-from vlmjax.train.step import unflatten
+from vlmjax.nn import unflatten
 
 STOPS = ("<|im_end|>", "<|endoftext|>")
 

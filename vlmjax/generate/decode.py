@@ -22,8 +22,7 @@ from vlmjax.data.pack import check_fits, pack, size
 from vlmjax.generate.sampling import GREEDY, choose
 from vlmjax.kernels.attention.api import AttentionSpec
 from vlmjax.llm.decoder import init_cache
-from vlmjax.nn import bind
-from vlmjax.train.step import flatten
+from vlmjax.nn import bind, flatten
 
 LEAST_TOKENS, LEAST_PATCHES, LEAST_NEW = 32, 64, 16
 NO_TOKEN = -1

@@ -126,10 +126,10 @@ class Decoder(nnx.Module):
         Args:
           x: [B, T, D] embeddings.
           positions: i32[B, T].
-          segments: i32[B, T] of packed rows, in order, 0 = padding at the end; attention stays inside a
-            segment. None appends the tokens to the cache instead.
-          cache: of `init_cache`, or None. With segments (prefill, one segment a row) it is filled from
-            slot 0; without, the new tokens go to the slots of their positions.
+          segments: i32[B, T] of packed rows, in order, 0 = padding at the end; attention stays
+            inside a segment. None appends the tokens to the cache instead.
+          cache: of `init_cache`, or None. With segments (prefill, one segment a row) it is filled
+            from slot 0; without, the new tokens go to the slots of their positions.
           attention: an `AttentionSpec` for packed rows.
           remat: a key of `nn.REMAT`.
         """

@@ -10,10 +10,10 @@ FLOPs are multiplies and adds (2 for each weight and token) of real slots only, 
     head     supervised tokens x 2 x width x vocabulary
 
 Each part is counted as often as training needs it: once forward; once more when a gradient has to
-pass through it, to something trained before it or inside it; and once more, weights only, when it is
-trained. The first product of the first trained module needs no gradient of its input and counts one
-less. Attention has no weights and counts 3 or 1. What remat recomputes is not counted. So a frozen
-decoder behind a trained connector counts 2, a frozen tower in front 1, a trained module 3.
+pass through it, to something trained before it or inside it; and once more, weights only, when it
+is trained. The first product of the first trained module needs no gradient of its input and counts
+one less. Attention has no weights and counts 3 or 1. What remat recomputes is not counted. So a
+frozen decoder behind a trained connector counts 2, a frozen tower in front 1, a trained module 3.
 MFU = FLOPs / (seconds x peak of all chips).
 """
 
@@ -34,7 +34,7 @@ PEAK = {  # dense bf16 FLOP/s of a chip, from the vendors' data sheets
 
 
 def peak_flops(devices):
-    """Returns the peak of all devices together in FLOP/s, None if a kind is not in `PEAK` (a CPU)."""
+    """Returns the peak of all devices together in FLOP/s; None if one is not in `PEAK` (a CPU)."""
     peaks = [
         next((v for k, v in PEAK.items() if d.device_kind.startswith(k)), None) for d in devices
     ]

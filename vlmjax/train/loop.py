@@ -13,10 +13,11 @@ import numpy as np
 
 from vlmjax import build, checkpoint, hf, sharding
 from vlmjax.data.stream import Position, packed_batches, prefetch
+from vlmjax.nn import flatten
 from vlmjax.objectives import OBJECTIVES
 from vlmjax.train import flops, metrics
 from vlmjax.train.optimizer import choose, make_optimizer, resolve_lr, schedule
-from vlmjax.train.step import flatten, init_state, make_train_step
+from vlmjax.train.step import init_state, make_train_step
 
 
 class NonFiniteLoss(ValueError):
@@ -24,7 +25,7 @@ class NonFiniteLoss(ValueError):
 
 
 def check_init(init, stage):
-    """Returns {module: source} of a dict, {} otherwise; ValueError for an empty or unknown source."""
+    """Returns {module: source} of a dict, else {}; ValueError for an empty or unknown source."""
     if init == "":
         raise ValueError(
             f"init of stage {stage} is empty; it needs the work directory of the stage before; "
@@ -105,8 +106,8 @@ def check_finite(step, values, ids):
     if bad:
         raise NonFiniteLoss(
             f"{', '.join(f'{k} is {v}' for k, v in bad.items())} at step {step}; training stopped, "
-            f"the last saved checkpoint is good. The records of that batch: {', '.join(ids)}. Lower "
-            "the learning rate, set optim.clip='global_norm', or look at these records"
+            f"the last saved checkpoint is good. The records of that batch: {', '.join(ids)}. "
+            "Lower the learning rate, set optim.clip='global_norm', or look at these records"
         )
 
 
@@ -201,7 +202,9 @@ def train(config, workdir, tensorboard=False):
                 if log:
                     now = time.monotonic()
                     line = {k: float(v) for k, v in values.items()}
-                    line["loss"] = float(np.mean([losses[s] for s in losses if s > step - len(window)]))
+                    line["loss"] = float(
+                        np.mean([losses[s] for s in losses if s > step - len(window)])
+                    )
                     line["lr_factor"] = float(factor(step - 1))
                     line["data_wait"] = waited / (now - last)
                     writer.write(step, throughput(run, window, now - last, trained) | line)

@@ -1,4 +1,4 @@
-"""Where numbers go: a progress bar or lines, JSONL, TensorBoard on request, a curve as a picture."""
+"""Where numbers go: a progress bar or lines, JSONL, TensorBoard on request, a loss curve."""
 
 import json
 import sys
@@ -71,7 +71,7 @@ class Writer:
 
 
 def read(workdir):
-    """Returns the list of metric dicts of a run; the last of a step logged twice (after a resume)."""
+    """Returns the list of metric dicts of a run; the last of a step logged twice (by a resume)."""
     lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
     return list({m["step"]: m for m in map(json.loads, lines)}.values())
 

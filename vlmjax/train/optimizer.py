@@ -16,8 +16,8 @@ class OptimConfig:
     Attributes:
       name: a key of `OPTIMIZERS`.
       b1, b2, eps: of Adam.
-      wd: decoupled weight decay of kernels and embeddings, times the learning rate; norms and biases
-        never decay.
+      wd: decoupled weight decay of kernels and embeddings, times the learning rate; norms and
+        biases never decay.
       clip: "none", "global_norm" (all gradients together), "block_rms" (each parameter) or
         "value" (each element).
       clip_at: its threshold.

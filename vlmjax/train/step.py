@@ -6,38 +6,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vlmjax.nn import bind
+from vlmjax.nn import bind, unflatten
 from vlmjax.train.optimizer import module_norms
 
 
 class TrainState(NamedTuple):
-    """Everything that changes. Parameters are flat {path: array} dicts, split before any gradient."""
+    """Everything that changes. Parameters are flat {path: array} dicts, split before gradients."""
 
     step: jax.Array  # i32[], steps done
     trainable: dict  # f32 masters
     frozen: dict  # never differentiated, no optimizer state
     opt: optax.OptState
-
-
-def flatten(tree, prefix=""):
-    """Returns {path: leaf} of a nested dict."""
-    flat = {}
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        flat |= flatten(value, f"{path}/") if isinstance(value, dict) else {path: value}
-    return flat
-
-
-def unflatten(flat):
-    """The inverse of `flatten`."""
-    tree = {}
-    for path, leaf in flat.items():
-        *parents, name = path.split("/")
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[name] = leaf
-    return tree
 
 
 def init_state(params, lrs, optimizer, frozen_dtype):
@@ -62,7 +41,8 @@ def make_train_step(graphdef, objective, optimizer, accumulate=1):
       objective: function (model, batch) -> (loss, metrics).
       optimizer: of `make_optimizer`.
       accumulate: micro-batches that the rows of a batch are cut into; their gradients are added up,
-        which gives the gradient of the whole batch because the loss is a sum with weights made for the whole batch.
+        which gives the gradient of the whole batch because the loss is a sum with weights
+        made for the whole batch.
     """
 
     def loss_of(trainable, frozen, batch):

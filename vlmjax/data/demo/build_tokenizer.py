@@ -16,19 +16,11 @@ from tokenizers import pre_tokenizers as pre
 from tokenizers.trainers import BpeTrainer
 
 from vlmjax.data.demo.classes import COLORS, NAMES, PHOTOS, PLACES, SHOTS
+from vlmjax.data.tokenizer import SPECIAL_TOKENS as SPECIAL
 
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-SPECIAL = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-    "<|stream_start|>",
-    "<|stream_end|>",
 )
 WORDS = (
     "user assistant system stream Time what is this that which image video read the text digits "
