@@ -105,7 +105,7 @@ def test_recipe_is_that_of_the_paper(size, stage):
 
 
 def test_demo_is_the_same_recipe():
-    """What is frozen, pruned and merged in videos, stage by stage, as in the paper's table."""
+    """What is frozen, pruned and merged, stage by stage, as in the paper's table."""
     for stage in range(1, 5):
         runs = [build.resolve(_config(name, f"stage={stage}")) for name in ARGS]
         recipes = []
@@ -113,7 +113,7 @@ def test_demo_is_the_same_recipe():
             lrs = resolve_lr(run.lr, build.abstract(run.model)[1])
             frozen = {path.split("/")[0] for path, lr in lrs.items() if lr is None}
             p = run.processor
-            recipes.append((p.video_merge, p.compression, frozen))
+            recipes.append((p.image_merge, p.video_merge, p.compression, frozen))
         assert recipes[0] == recipes[1]
         assert stage == 1 or runs[0].init == f"runs/demo/stage{stage - 1}"
 
