@@ -189,7 +189,8 @@ def train(config, workdir, tensorboard=False):
 
                 # The step before is looked at while this one runs: the device never waits for the
                 # host, except where something is written.
-                last_step = step == run.train.steps or bool(stop)
+                stopped = bool(stop)
+                last_step = step == run.train.steps or stopped
                 log = step % run.train.log_every == 0 or step == start + 1 or last_step
                 save = step % run.train.save_every == 0 or last_step
                 unseen = [pending] * bool(pending) + [(step, values, packed.ids)] * (log or save)
@@ -212,7 +213,7 @@ def train(config, workdir, tensorboard=False):
                 if save:
                     meta = {"position": packed.position, "stage": run.stage}
                     saver.save(step, state._asdict(), meta)
-                if stop:
+                if stopped:
                     writer.say(f"SIGTERM: step {step} is saved, the same command resumes it")
                     break
         batches.close()
