@@ -40,8 +40,10 @@ out=${1:-runs/demo}
 export JAX_NUM_CPU_DEVICES=${JAX_NUM_CPU_DEVICES:-$(n=$(nproc); echo $((n >= 4 ? 4 : n >= 2 ? 2 : 1)))}
 # Huge pages, and no trimming: glibc gives the buffers of every step back to the kernel and faults them in again: 30 times the page faults.
 export GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=4000000000:glibc.malloc.arena_max=1
+export TRANSFORMERS_VERBOSITY=error # it misses PyTorch, which only the tests need
+stages=("the language model, from text" "vision to the frozen decoder" "alignment" "many tasks" "video and streams")
 for stage in 0 1 2 3 4; do
-  say "stage $stage: $(sed -n "s/^Stage $stage: //p" configs/demo.py)"
+  say "stage $stage: ${stages[$stage]}"
   $bin/python -m vlmjax.main train --config "configs/demo.py:stage=$stage,root=$out" --workdir "$out/stage$stage"
 done
 export JAX_NUM_CPU_DEVICES=1
