@@ -54,6 +54,7 @@ MIX = {
     4: dict(
         name=0.4,
         digits=0.4,
+        letter=0.2,
         ocr=0.7,
         count=0.5,
         where=0.4,
@@ -61,7 +62,7 @@ MIX = {
         chart=0.4,
         multi_image=0.4,
         video=1.3,
-        stream=1.2,
+        stream=2.0,
         text=0.2,
     ),
 }
