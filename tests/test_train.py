@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from vlmjax import build, checkpoint
+from vlmjax import build, checkpoint, sharding
+from vlmjax.generate.chat import Chat
 from vlmjax.objectives import OBJECTIVES
 from vlmjax.train import loop, metrics
 from vlmjax.train.optimizer import make_optimizer, resolve_lr
@@ -221,3 +222,20 @@ def test_frozen_storage_is_bf16_and_masters_are_f32(tmp_path):
     state, _ = make_step(run)
     assert {x.dtype for x in state.frozen.values()} == {jnp.dtype("bfloat16")}
     assert {x.dtype for x in state.trainable.values()} == {jnp.dtype("float32")}
+
+
+def test_modules_start_from_hugging_face_directories(tmp_path):
+    """Each from its own; a module that is not named starts at random."""
+    first = tiny_config(tmp_path, train__steps=3)
+    loop.train(first, tmp_path / "one")
+    chat = Chat.from_run(tmp_path / "one")
+    chat.save_pretrained(tmp_path / "hf")
+    source = f"hf:{tmp_path / 'hf'}"
+    run = build.resolve(tiny_config(tmp_path, init=dict(vision=source, llm=source)))
+    _, shapes, axes = build.abstract(run.model)
+    where = build.shardings(shapes, axes, sharding.make_mesh())
+    params = loop.initial_params(run, shapes, where)
+    saved, _ = checkpoint.restore_params(tmp_path / "one")
+    for path, x in params.items():
+        same = np.array_equal(np.asarray(x), np.asarray(saved[path]))
+        assert same == (not path.startswith("connector/")), path
