@@ -23,7 +23,7 @@ def golden():
     def load(name):
         path = GOLDENS / f"{name}.npz"
         if not path.is_file():
-            pytest.skip(f"{path} is missing; set VLMJAX_GOLDENS")
+            pytest.fail(f"{path} is missing; set VLMJAX_GOLDENS")
         arrays = np.load(path)
         return arrays, json.loads(str(arrays["meta"]))
 
