@@ -49,7 +49,7 @@ def test_last_of_second_is_the_ffmpeg_filter(make_video, name, times, fps):
     expected = fps_filter(path, fps)
     assert [frame_number(f) for f in frames] == expected
     start = 7.0 if times == "late" else TIMES[times][0] / 1000
-    np.testing.assert_allclose(stamps, start + np.arange(len(expected)) / fps, atol=2e-3)
+    np.testing.assert_allclose(stamps, start + np.arange(len(expected)) / fps, atol=1e-3)
 
 
 def test_last_of_second_documented_example(make_video):

@@ -126,10 +126,10 @@ def test_the_loop_ends_with_the_last_row(vlm, prompts):
     )
     stops = np.asarray(scores[:2]).argmax(-1).astype(np.int32)
     before = np.array(cache[0])
-    done = decode(
-        generator.graphdef, generator.params, cache, scores, lengths, np.arange(4, dtype=np.int32),
-        np.int32(0), stops, np.int32(16), new=16, sampling=SamplingConfig(),
-    )  # fmt: skip
+    ids = np.arange(4, dtype=np.int32)
+    inputs = cache, scores, lengths, ids, np.int32(0), stops, np.int32(16)
+    static = dict(new=16, sampling=SamplingConfig())
+    done = decode(generator.graphdef, generator.params, *inputs, **static)
     assert not np.asarray(done.counts).any() and np.asarray(done.stopped)[:2].all()
     np.testing.assert_array_equal(np.asarray(done.cache[0]), before)
 
