@@ -36,14 +36,23 @@ class Attention(nnx.Module):
         return self.o(out), cache
 
 
-def packed(segments, *, causal, spec):
-    """Returns the `attend` of packed rows, i32[B, S] segments; block pairs are listed once."""
-    work = sharding.map_rows(functools.partial(api.plan, causal=causal, spec=spec), segments)
+def packed(segments, *, size, causal, spec, layout):
+    """Returns the `attend` of packed rows; what each device has to do is planned once.
+
+    Args:
+      segments: i32[B, S].
+      size: channels of a head.
+      causal: whether queries see only earlier keys.
+      spec: an `AttentionSpec`.
+      layout: a `sharding.Layout` of the activations. Heads are shared out; slots are too, and then
+        a device gathers the keys and values of its rows, which with grouped queries are few.
+    """
+    how = dict(causal=causal, spec=spec.resolve(size, causal))
+    plan = functools.partial(api.plan, **how)
+    work = sharding.plan_attention(plan, segments, layout)
 
     def attend(q, k, v, cache):
-        out = sharding.map_rows(
-            functools.partial(api.attention, causal=causal, spec=spec), q, k, v, work
-        )
+        out = sharding.map_attention(functools.partial(api.attention, **how), q, k, v, work, layout)
         return out, (k, v) if cache is not None else None
 
     return attend

@@ -58,7 +58,8 @@ class Dense(nnx.Module):
         # (2x the step time).
         fan_in, fan_out = math.prod(kernel.shape[: self.contract]), math.prod(out_shape)
         y = (x.reshape(-1, fan_in) @ kernel.reshape(fan_in, fan_out)).reshape(*lead, *out_shape)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        # In f32, so that the gradient of the bias is summed over all tokens in f32.
+        return y if self.bias is None else (y + self.bias[...]).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):

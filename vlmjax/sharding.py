@@ -1,6 +1,8 @@
 """Meshes, and what logical axes mean on them. The only module that knows mesh axis names."""
 
+import math
 import re
+from typing import NamedTuple
 
 import jax
 from jax.sharding import AxisType, NamedSharding
@@ -58,34 +60,152 @@ def spec_of(path, axes, shape, mesh):
     )
 
 
-def place_rows(mesh, x):
-    """Returns a host array with rows in front as a jax array, rows over data x fsdp.
+def rows_sharding(mesh):
+    """Returns the sharding of arrays with rows in front: rows over data x fsdp."""
+    return NamedSharding(mesh, P(ROWS))
+
+
+def place(x, sharding):
+    """Returns a host array as a jax array.
 
     Every process has the whole array and puts the shards of its own devices in place.
     """
-    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, P(ROWS)), lambda at: x[at])
+    return jax.make_array_from_callback(x.shape, sharding, lambda at: x[at])
 
 
-def constrain_rows(x):
-    """Pins axis 0 of x to the row axes of the mesh in use, if there is one."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(x, P(ROWS))
+def place_rows(mesh, x):
+    """Returns a host array with rows in front as a jax array with `rows_sharding`."""
+    return place(x, rows_sharding(mesh))
 
 
-def map_rows(f, *args, replicated=()):
-    """Returns f(*args, *replicated), run shard by shard over the rows when a mesh is in use.
+class Layout(NamedTuple):
+    """Mesh axes over which activations [rows, slots, ...] and their heads are spread."""
 
-    For programs whose loops depend on a row's content: each device runs its own.
+    rows: tuple = ()
+    slots: tuple = ()
+    heads: tuple = ()
 
-    Args:
-      f: function of arrays with rows in front (and of `replicated`), returning such arrays.
-      args: pytrees with B in front.
-      replicated: pytrees every shard needs whole (weights).
+    def constrain(self, x):
+        """Pins [B, S, ...] to the mesh in use."""
+        return jax.lax.with_sharding_constraint(x, P(self.rows, self.slots)) if self.rows else x
+
+    def whole_rows(self, x):
+        """Pins [B, S, ...] so that the devices of a row have all its slots."""
+        return self._replace(slots=()).constrain(x)
+
+
+def layout_of(module, rows, slots):
+    """Returns the `Layout` of the activations of "vision" or "llm" on the mesh in use.
+
+    The decoder spreads rows over data x fsdp, slots over seq and heads over tensor. The vision
+    tower has no tensor parallelism: its rows are spread over data x fsdp x tensor, or where there
+    are fewer rows its slots over tensor.
+
+    Raises:
+      ValueError: rows or slots that do not divide evenly.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape["data"] * mesh.shape["fsdp"] == 1:
-        return f(*args, *replicated)
-    specs = (P(ROWS),) * len(args) + (P(),) * len(replicated)
+    if mesh.empty or mesh.size == 1:
+        return Layout()
+    layout = Layout(ROWS, ("seq",), ("tensor",))
+    if module == "vision":
+        layout = Layout((*ROWS, "tensor"), ("seq",))
+        if rows % _size(mesh, layout.rows):
+            layout = Layout(ROWS, ("seq", "tensor"))
+    if rows % _size(mesh, layout.rows) or slots % _size(mesh, layout.slots):
+        raise ValueError(
+            f"{rows} rows of {slots} slots of {module} do not divide over the mesh "
+            f"{dict(mesh.shape)}: rows go over {layout.rows}, slots over {layout.slots}; change "
+            "train.rows (or accumulate), data.budget or the mesh"
+        )
+    return layout
+
+
+def _size(mesh, axes):
+    return math.prod(mesh.shape[a] for a in axes)
+
+
+def _shard_map(f, in_specs, out_specs):
+    return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def plan_attention(plan, segments, layout):
+    """Returns plan(query segments, key segments, first query slot) of each device's share.
+
+    Args:
+      plan: function returning arrays with rows in front.
+      segments: i32[B, S].
+      layout: a `Layout`. Where slots are shared out, arrays get an axis for the shares after B.
+    """
+    if not layout.rows:
+        return plan(segments, segments, 0)
+
+    def share(mine):
+        everything = jax.lax.all_gather(mine, layout.slots, axis=1, tiled=True)
+        start = jax.lax.axis_index(layout.slots) * mine.shape[1]
+        return jax.tree.map(lambda x: x[:, None], plan(mine, everything, start))
+
+    spec = P(layout.rows, layout.slots)
+    return _shard_map(share, spec, spec)(segments)
+
+
+def map_attention(attend, q, k, v, work, layout):
+    """Returns attend(q, k, v, work) [B, T, N, H], each device computing its share.
+
+    Args:
+      attend: function of q [B, T, N, H], k and v [B, S, K, H] and the work of `plan_attention`.
+      layout: a `Layout`. Heads of queries are shared out; those of keys and values where their
+        number allows, otherwise each device has all of them and takes what its queries read.
+    """
+    if not layout.rows:
+        return attend(q, k, v, work)
+    mesh, N, K = jax.sharding.get_abstract_mesh(), q.shape[2], k.shape[2]
+    parts = _size(mesh, layout.heads)
+    if N % parts:
+        raise ValueError(
+            f"{N} heads do not divide over {parts} devices of the mesh axes {layout.heads}; "
+            "make that part of the mesh smaller"
+        )
+    kv_heads = layout.heads if K % parts == 0 else ()
+
+    def share(q, k, v, work):
+        k, v = (jax.lax.all_gather(x, layout.slots, axis=1, tiled=True) for x in (k, v))
+        if not kv_heads and layout.heads:
+            first = jax.lax.axis_index(layout.heads) * q.shape[2] * K // N
+            number = -(-q.shape[2] * K // N)
+            k, v = (jax.lax.dynamic_slice_in_dim(x, first, number, 2) for x in (k, v))
+        return attend(q, k, v, jax.tree.map(lambda x: x[:, 0], work))
+
+    of_q, of_kv = (P(layout.rows, layout.slots, heads) for heads in (layout.heads, kv_heads))
+    of_work = P(layout.rows, layout.slots)
+    return _shard_map(share, (of_q, of_kv, of_kv, of_work), of_q)(q, k, v, work)
+
+
+def map_tokens(f, *args, weight):
+    """Returns f(*args, weight), run shard by shard when a mesh is in use.
+
+    For a program whose loops depend on the tokens a device holds: each device runs its own.
+
+    Args:
+      f: function of arrays [B, T, ...] and the whole weight, returning such an array.
+      args: arrays [B, T, ...].
+      weight: [D, V], gathered here, so that its gradient comes back scattered.
+    """
+    layout = layout_of("llm", *args[0].shape[:2])
+    if not layout.rows:
+        return f(*args, weight)
+    mesh = jax.sharding.get_abstract_mesh()
+    axis = spec_of("llm/head/kernel", ("embed", "vocab"), weight.shape, mesh)[0]
+
+    def share(*args):
+        *args, weight = args
+        return f(*args, jax.lax.all_gather(weight, axis, tiled=True) if axis else weight)
+
+    spec = P(layout.rows, layout.slots)
     return jax.shard_map(
-        f, in_specs=specs, out_specs=P(ROWS), axis_names=set(ROWS), check_vma=False
-    )(*args, *replicated)
+        share,
+        in_specs=(*(spec,) * len(args), P(axis)),
+        out_specs=spec,
+        axis_names={*layout.rows, *layout.slots},
+        check_vma=False,
+    )(*args, weight)

@@ -18,6 +18,7 @@ from vlmjax.connectors.mlp import MLP, MLPConfig
 from vlmjax.kernels.attention.api import AttentionSpec
 from vlmjax.llm.decoder import Decoder, DecoderConfig
 from vlmjax.nn import bind, unbind
+from vlmjax.sharding import layout_of
 from vlmjax.vision.vit import ViT, ViTConfig
 
 __all__ = ["VLM", "Compute", "VLMConfig", "bind", "merge_windows", "place_tokens", "unbind"]
@@ -29,28 +30,39 @@ class Compute:
 
     Attributes:
       dtype: of activations, "float32" or "bfloat16"; norms, softmax and loss stay f32.
-      remat: policy of the backward pass for both towers, a key of `nn.REMAT`.
+      remat: policy of the backward pass, a key of `nn.REMAT`.
+      vision_remat: that of the vision tower where it differs; "" = `remat`.
       attention: kind of `kernels.attention.api.AttentionSpec`.
-      vision_block, llm_block: its block sizes.
+      vision_block, llm_block: its block sizes; 0 = the best known ones.
+      vision_segment, llm_segment: expected patches of an image and tokens of a sample; only the
+        compiler's cost estimates and `aot` read them. 0 = a whole row.
       loss_chunk: supervised tokens whose logits exist at a time; 0 = all.
     """
 
     dtype: str = "float32"
     remat: str = "none"
-    attention: str = "blockwise"
-    vision_block: int = 256
-    llm_block: int = 512
+    vision_remat: str = ""
+    attention: str = "auto"
+    vision_block: int = 0
+    llm_block: int = 0
+    vision_segment: int = 0
+    llm_segment: int = 0
     loss_chunk: int = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class VLMConfig:
-    """A model: its three parts, and how to compute it."""
+    """A model: its three parts, and how to compute it. Without vision it is a decoder alone."""
 
-    vision: ViTConfig
-    connector: MLPConfig
+    vision: ViTConfig | None
+    connector: MLPConfig | None
     llm: DecoderConfig
     compute: Compute = Compute()
+
+    @property
+    def patch_dim(self):
+        """Values in a patch row of a batch."""
+        return self.vision.patch_dim if self.vision else 0
 
 
 def merge_windows(features, windows):
@@ -87,8 +99,9 @@ class VLM(nnx.Module):
 
     def __init__(self, cfg, *, rngs):
         self.cfg = cfg
-        self.vision = ViT(cfg.vision, rngs=rngs)
-        self.connector = MLP(cfg.connector, cfg.vision.width, cfg.llm.width, rngs=rngs)
+        if cfg.vision is not None:
+            self.vision = ViT(cfg.vision, rngs=rngs)
+            self.connector = MLP(cfg.connector, cfg.vision.width, cfg.llm.width, rngs=rngs)
         self.llm = Decoder(cfg.llm, rngs=rngs)
 
     def encode(self, batch):
@@ -100,11 +113,14 @@ class VLM(nnx.Module):
                 batch.patch_coords,
                 batch.patch_segments,
                 dtype=jnp.dtype(c.dtype),
-                attention=AttentionSpec(c.attention, c.vision_block),
-                remat=c.remat,
+                attention=AttentionSpec(c.attention, c.vision_block, c.vision_segment),
+                remat=c.vision_remat or c.remat,
             )
         with jax.named_scope("connector"):
-            return self.connector(merge_windows(features, batch.windows))
+            # What a row needs is brought to its devices here, and only here.
+            features = layout_of("vision", *features.shape[:2]).whole_rows(features)
+            visual = self.connector(merge_windows(features, batch.windows))
+            return layout_of("llm", *batch.tokens.shape).whole_rows(visual)
 
     def embed(self, batch, visual):
         """Returns decoder inputs [B, T, D]; visual is None for a text-only batch."""
@@ -114,7 +130,7 @@ class VLM(nnx.Module):
     def decode(self, x, batch):
         """Returns hidden states [B, T, D] of packed rows."""
         c = self.cfg.compute
-        spec = AttentionSpec(c.attention, c.llm_block)
+        spec = AttentionSpec(c.attention, c.llm_block, c.llm_segment)
         with jax.named_scope("llm"):
             return self.llm(x, batch.positions, batch.segments, attention=spec, remat=c.remat)[0]
 

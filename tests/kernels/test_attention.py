@@ -42,7 +42,7 @@ def test_blockwise_equals_ref(layout, heads, causal):
 
     def value_and_grads(spec):
         def f(q, k, v):
-            work = api.plan(segments, causal=causal, spec=spec)
+            work = api.plan(segments, segments, 0, causal=causal, spec=spec)
             out = api.attention(q, k, v, work, causal=causal, spec=spec)
             return (out * g).sum(), out
 
@@ -68,7 +68,7 @@ def test_executed_pairs_are_exactly_the_needed_ones(block, causal):
             lengths.append(int(rng.integers(1, 20)))
         rows.append(segments_of(*lengths[:-1], slots=64))
     segments = jnp.array(rows)
-    plan = blockwise.plan(segments, block, causal)
+    plan = blockwise.plan(segments, segments, 0, block, causal)
     mask = np.asarray(ref.segment_mask(segments, segments, causal))
     n = 64 // block
     needed = mask.reshape(len(rows), n, block, n, block).any((2, 4))
@@ -80,7 +80,7 @@ def test_executed_pairs_are_exactly_the_needed_ones(block, causal):
 def test_loop_runs_once_for_each_listed_pair():
     """Executed, not only listed: the loop body counts itself."""
     segments = jnp.array([segments_of(9, 20, 3, slots=40), segments_of(40, slots=40)])
-    plan = blockwise.plan(segments, 8, True)
+    plan = blockwise.plan(segments, segments, 0, 8, True)
     visits = blockwise._for_each_pair(
         plan, lambda b, i, j, seen: seen.at[b, i, j].add(1), jnp.zeros((2, 5, 5), jnp.int32)
     )
@@ -92,10 +92,28 @@ def test_work_follows_the_sum_of_squares():
     """64 frames of 64 patches take 1/64 of the pairs of one segment of the same length."""
     frames = jnp.repeat(jnp.arange(1, 65), 64)[None]
     whole = jnp.ones((1, 64 * 64), jnp.int32)
-    counts = [int(blockwise.plan(s, 64, False).count[0]) for s in (frames, whole)]
+    counts = [int(blockwise.plan(s, s, 0, 64, False).count[0]) for s in (frames, whole)]
     assert counts == [64, 64 * 64]
 
 
+def test_a_share_of_the_queries_sees_the_keys_of_its_row():
+    """Slots of a row spread over devices: each part of the queries, with all keys, is that part."""
+    segments, q, k, v, _ = make("ragged", 4, 2, size=12)
+    spec = api.AttentionSpec("blockwise", 8)
+
+    def run(start, stop):
+        mine = segments[:, start:stop]
+        work = api.plan(mine, segments, start, causal=True, spec=spec)
+        return api.attention(q[:, start:stop], k, v, work, causal=True, spec=spec)
+
+    parts = jnp.concatenate([run(0, 16), run(16, 32), run(32, 43)], 1)
+    np.testing.assert_allclose(parts, run(0, 43), atol=1e-6)
+
+
 def test_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="'flash' is unknown; choose 'ref' or 'blockwise'"):
-        api.plan(jnp.ones((1, 4), jnp.int32), causal=True, spec=api.AttentionSpec("flash"))
+    with pytest.raises(ValueError, match="'flash' is unknown; choose 'auto' or one of"):
+        api.AttentionSpec("flash").resolve(64, True)
+
+
+def test_auto_is_the_kind_of_the_platform():
+    assert api.AttentionSpec().resolve(64, True) == ("blockwise", 512, 0)

@@ -13,7 +13,7 @@ from flax import nnx
 from vlmjax.attention import Attention, cached, packed
 from vlmjax.nn import MLP, Dense, RMSNorm, param, scan_layers, stack
 from vlmjax.rope import angles_1d
-from vlmjax.sharding import constrain_rows
+from vlmjax.sharding import Layout, layout_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,9 +135,12 @@ class Decoder(nnx.Module):
         """
         T = x.shape[1]
         angles = angles_1d(positions, self.cfg.head_dim, self.cfg.rope_theta)
-        attend = (
-            cached(positions) if segments is None else packed(segments, causal=True, spec=attention)
-        )
+        if segments is None:
+            layout, attend = Layout(), cached(positions)
+        else:
+            layout = layout_of("llm", *segments.shape)
+            how = dict(size=self.cfg.head_dim, causal=True, spec=attention, layout=layout)
+            attend = packed(segments, **how)
 
         def layer(block, x, cache):
             y, new = block(x, angles, attend, cache)
@@ -146,7 +149,7 @@ class Decoder(nnx.Module):
                     old.at[:, :T].set(n.astype(old.dtype))
                     for old, n in zip(cache, new, strict=True)
                 )
-            return constrain_rows(y), new
+            return layout.constrain(y), new
 
         x, cache = scan_layers(self.blocks, layer, x, cache, remat)
         return self.norm(x), cache

@@ -8,11 +8,13 @@ def token_losses(model, batch):
     """Returns f32[B, T]: the loss of each supervised token (weight > 0), 0 elsewhere."""
     hidden = model(batch)
 
-    def rows(hidden, targets, mask, head):
+    def tokens(hidden, targets, mask, head):
         return api.token_nll(hidden, head, targets, mask, chunk=model.cfg.compute.loss_chunk)
 
+    # Cast before every device gathers it whole.
+    head = model.llm.head_kernel().astype(hidden.dtype)
     args = hidden, batch.targets, batch.weights > 0
-    return sharding.map_rows(rows, *args, replicated=(model.llm.head_kernel(),))
+    return sharding.map_tokens(tokens, *args, weight=head)
 
 
 def sft(model, batch):

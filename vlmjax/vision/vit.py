@@ -12,7 +12,7 @@ from flax import nnx
 from vlmjax.attention import Attention, packed
 from vlmjax.nn import MLP, Dense, LayerNorm, scan_layers, stack
 from vlmjax.rope import angles_2d
-from vlmjax.sharding import constrain_rows
+from vlmjax.sharding import layout_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +90,13 @@ class ViT(nnx.Module):
         """
         pixels = patches.astype(jnp.float32) / 127.5 - 1  # (x / 255 - 0.5) / 0.5
         angles = angles_2d(coords, self.cfg.head_dim, self.cfg.rope_theta)
-        attend = packed(segments, causal=False, spec=attention)
+        layout = layout_of("vision", *segments.shape)
+        how = dict(size=self.cfg.head_dim, causal=False, spec=attention, layout=layout)
+        attend = packed(segments, **how)
 
         def layer(block, x, _):
-            return constrain_rows(block(x, angles, attend)), None
+            return layout.constrain(block(x, angles, attend)), None
 
-        x = constrain_rows(self.patch(pixels.astype(dtype)))
+        x = layout.constrain(self.patch(pixels.astype(dtype)))
         x, _ = scan_layers(self.blocks, layer, x, remat=remat)
         return self.norm(x)

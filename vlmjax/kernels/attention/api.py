@@ -1,46 +1,80 @@
 """Chooses the implementation of attention inside segments.
 
-work = plan(segments, causal=True, spec=AttentionSpec("blockwise", 256))     once for a layout
-out = attention(q, k, v, work, causal=True, spec=spec)                       in every layer
+spec = AttentionSpec().resolve(size, causal=True)
+work = plan(segments, segments, 0, causal=True, spec=spec)     once for a layout
+out = attention(q, k, v, work, causal=True, spec=spec)         in every layer
 """
 
 from typing import NamedTuple
 
-from vlmjax.kernels.attention import blockwise, ref
+import jax
+
+from vlmjax.kernels.attention import blockwise, pallas_gpu, pallas_tpu, ref
+from vlmjax.kernels.attention.blocks import best_block
+
+KINDS = {
+    "ref": ref,  # dense: the definition, for short rows
+    "blockwise": blockwise,  # any backend
+    "pallas_tpu": pallas_tpu,
+    "pallas_gpu": pallas_gpu,
+}
+OF_PLATFORM = {"tpu": "pallas_tpu", "gpu": "pallas_gpu", "cuda": "pallas_gpu"}
 
 
 class AttentionSpec(NamedTuple):
-    """Which implementation: "ref" (dense, for short rows) or "blockwise" (skips other segments)."""
+    """Which implementation, and what it may know.
 
-    kind: str = "blockwise"
-    block: int = 256
+    Attributes:
+      kind: a key of `KINDS`, or "auto" for that of the platform of the mesh in use.
+      block: slots in a block; 0 = that of `blocks.BLOCKS`.
+      segment: expected length of a segment, for cost estimates only; 0 = the whole row.
+    """
 
-    def check(self):
-        """Returns itself; ValueError for an unknown kind or block."""
-        if self.kind not in ("ref", "blockwise"):
+    kind: str = "auto"
+    block: int = 0
+    segment: int = 0
+
+    def resolve(self, size, causal):
+        """Returns the spec with "auto" and 0 replaced for heads of `size` channels.
+
+        Raises:
+          ValueError: an unknown kind or block.
+        """
+        if self.kind not in (*KINDS, "auto"):
             raise ValueError(
-                f"attention kind {self.kind!r} is unknown; choose 'ref' or 'blockwise'"
+                f"attention kind {self.kind!r} is unknown; choose 'auto' or one of {sorted(KINDS)}"
             )
-        if self.block < 1:
-            raise ValueError(f"attention block={self.block} must be a positive number of slots")
-        return self
+        if self.block < 0:
+            raise ValueError(f"attention block={self.block} must be a number of slots, or 0")
+        device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+        kind = self.kind
+        if kind == "auto":
+            kind = OF_PLATFORM.get(device.platform, "blockwise")
+        block = self.block or best_block(kind, device.device_kind, size, causal)
+        return self._replace(kind=kind, block=block)
 
 
-def plan(segments, *, causal, spec):
-    """Returns what `attention` needs to know of a packed layout, i32[B, S], 0 = padding."""
-    if spec.check().kind == "ref":
-        return ref.segment_mask(segments, segments, causal)
-    return blockwise.plan(segments, spec.block, causal)
+def plan(q_segments, kv_segments, q_start, *, causal, spec):
+    """Returns what `attention` needs to know of a packed layout: arrays with B in front.
+
+    Args:
+      q_segments: i32[B, T], 1, 2, ... in order with padding (0) at the end.
+      kv_segments: i32[B, S], those of whole rows.
+      q_start: i32[], the slot of the row at which the queries start.
+      causal: whether queries see only earlier keys.
+      spec: a resolved `AttentionSpec`.
+    """
+    return KINDS[spec.kind].plan(q_segments, kv_segments, q_start, spec.block, causal)
 
 
 def attention(q, k, v, work, *, causal, spec):
-    """Returns [B, T, N, H]: softmax(q k^T H^-0.5) v inside each segment.
+    """Returns [B, T, N, H]: softmax(q k^T H^-0.5) v inside each segment, 0 at padding.
 
     Args:
       q: [B, T, N, H].
-      k, v: [B, T, K, H] with N a multiple of K.
+      k, v: [B, S, K, H] with N a multiple of K.
       work: of `plan` with the same causal and spec.
     """
-    if spec.kind == "ref":
-        return ref.masked_attention(q, k, v, work)
-    return blockwise.attention(q, k, v, work, spec.block, causal)
+    return KINDS[spec.kind].attention(
+        q, k, v, work, spec.block if spec.kind == "pallas_gpu" else spec, causal
+    )

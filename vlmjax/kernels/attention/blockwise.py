@@ -14,40 +14,43 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from vlmjax.kernels.attention.intervals import needed_pairs
+
 NEG = -1e30
 
 
 class Plan(NamedTuple):
     """The work of one packed layout, shared by all layers that use it."""
 
-    segments: jax.Array  # i32[B, S], S a multiple of the block
-    pairs: jax.Array  # i32[B, n*n, 2] (query block, key block), the first `count` are real
+    q_segments: jax.Array  # i32[B, T], T a multiple of the block
+    kv_segments: jax.Array  # i32[B, S]
+    q_start: jax.Array  # i32[B]
+    pairs: jax.Array  # i32[B, n*m, 2] (query block, key block), the first `count` are real
     count: jax.Array  # i32[B]
 
 
-def plan(segments, block, causal):
+def plan(q_segments, kv_segments, q_start, block, causal):
     """Returns the `Plan` of packed rows.
 
     Args:
-      segments: i32[B, S], 1, 2, ... in order with padding (0) at the end.
+      q_segments: i32[B, T], 1, 2, ... in order with padding (0) at the end.
+      kv_segments: i32[B, S].
+      q_start: i32[], the slot of the row where the queries start.
       block: slots in a block.
       causal: whether queries see only earlier keys.
     """
-    B, S = segments.shape
-    segments = jnp.pad(segments, ((0, 0), (0, -S % block)))
-    blocks = segments.reshape(B, -1, block)
-    n = blocks.shape[1]
-    last = blocks.max(-1)
-    first = jnp.where(blocks > 0, blocks, jnp.iinfo(jnp.int32).max).min(
-        -1
-    )  # of an empty block: above every segment
-    # Segments are in order, so two blocks share one exactly when their ranges overlap.
-    needed = (first[:, :, None] <= last[:, None, :]) & (first[:, None, :] <= last[:, :, None])
-    if causal:
-        needed &= jnp.tril(jnp.ones((n, n), bool))
-    listed = jax.vmap(lambda row: jnp.nonzero(row, size=n * n, fill_value=0))(needed)
+    q_segments, kv_segments = (
+        jnp.pad(x, ((0, 0), (0, -x.shape[1] % block))) for x in (q_segments, kv_segments)
+    )
+    needed = needed_pairs(q_segments, kv_segments, q_start, block, causal)
+    B, n, m = needed.shape
+    listed = jax.vmap(lambda row: jnp.nonzero(row, size=n * m, fill_value=0))(needed)
     return Plan(
-        segments, jnp.stack(listed, -1).astype(jnp.int32), needed.sum((1, 2), dtype=jnp.int32)
+        q_segments,
+        kv_segments,
+        jnp.broadcast_to(jnp.asarray(q_start, jnp.int32), (B,)),
+        jnp.stack(listed, -1).astype(jnp.int32),
+        needed.sum((1, 2), dtype=jnp.int32),
     )
 
 
@@ -79,16 +82,16 @@ def _for_each_pair(work, body, carry):
     return jax.lax.fori_loop(0, work.pairs.shape[0], one_row, carry)
 
 
-def _pair_logits(q, k, segments, i, j, block, causal):
+def _pair_logits(q, k, b, i, j, work, block, causal):
     """Returns (logits f32[K, R, block], mask) of one pair; R = block * N/K query rows."""
     K, R, H = q.shape
     s = jnp.einsum("krh,ksh->krs", q, k, preferred_element_type=jnp.float32) * H**-0.5
     slot = jnp.arange(block)
-    sq = jax.lax.dynamic_slice_in_dim(segments, i * block, block)
-    sk = jax.lax.dynamic_slice_in_dim(segments, j * block, block)
+    sq = jax.lax.dynamic_slice_in_dim(work.q_segments[b], i * block, block)
+    sk = jax.lax.dynamic_slice_in_dim(work.kv_segments[b], j * block, block)
     mask = (sq[:, None] == sk) & (sq[:, None] > 0)
     if causal:
-        mask &= (i * block + slot)[:, None] >= j * block + slot
+        mask &= (work.q_start[b] + i * block + slot)[:, None] >= j * block + slot
     mask = jnp.repeat(mask, R // block, axis=0)
     return s, mask
 
@@ -98,27 +101,28 @@ def _add(x, row, i, value):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def attention(q, k, v, work, block, causal):
+def attention(q, k, v, work, spec, causal):
     """Returns [B, T, N, H]: the same function as `ref.masked_attention` under `ref.segment_mask`.
 
     Args:
       q: [B, T, N, H].
       k, v: [B, T, K, H].
       work: the `Plan` made with the same block and causal.
-      block, causal: static.
+      spec: an `api.AttentionSpec`.
+      causal: static.
     """
-    return _forward(q, k, v, work, block, causal)[0]
+    return _forward(q, k, v, work, spec, causal)[0]
 
 
-def _forward(q, k, v, work, block, causal):
-    B, T, N, H = q.shape
-    K, S = k.shape[2], work.segments.shape[1]
-    qb, kb, vb = (_blocks(x, S, block, K) for x in (q, k, v))
+def _forward(q, k, v, work, spec, causal):
+    (_, T, N, H), K, block = q.shape, k.shape[2], spec.block
+    qb = _blocks(q, work.q_segments.shape[1], block, K)
+    kb, vb = (_blocks(x, work.kv_segments.shape[1], block, K) for x in (k, v))
     rows = qb.shape[:-1]
 
     def body(b, i, j, carry):
         out, top, total = carry
-        s, mask = _pair_logits(qb[b, i], kb[b, j], work.segments[b], i, j, block, causal)
+        s, mask = _pair_logits(qb[b, i], kb[b, j], b, i, j, work, block, causal)
         new_top = jnp.maximum(top[b, i], jnp.where(mask, s, NEG).max(-1))
         p = jnp.where(mask, jnp.exp(s - new_top[..., None]), 0)
         shrink = jnp.exp(top[b, i] - new_top)
@@ -142,18 +146,21 @@ def _forward(q, k, v, work, block, causal):
     return out, (q, k, v, work, out, lse)
 
 
-def _backward(block, causal, residuals, g):
+def _backward(spec, causal, residuals, g):
     q, k, v, work, out, lse = residuals
-    (_, T, N, H), K, S = q.shape, k.shape[2], work.segments.shape[1]
-    qb, kb, vb = (_blocks(x, S, block, K) for x in (q, k, v))
-    gb = _blocks(g, S, block, K)
+    (_, T, N, H), (_, S, K, _), block = q.shape, k.shape, spec.block
+    slots = work.q_segments.shape[1]
+    qb, gb = (_blocks(x, slots, block, K) for x in (q, g))
+    kb, vb = (_blocks(x, work.kv_segments.shape[1], block, K) for x in (k, v))
     delta = jnp.einsum(
-        "...rh,...rh->...r", gb.astype(jnp.float32), _blocks(out, S, block, K).astype(jnp.float32)
+        "...rh,...rh->...r",
+        gb.astype(jnp.float32),
+        _blocks(out, slots, block, K).astype(jnp.float32),
     )
 
     def body(b, i, j, carry):
         dq, dk, dv = carry
-        s, mask = _pair_logits(qb[b, i], kb[b, j], work.segments[b], i, j, block, causal)
+        s, mask = _pair_logits(qb[b, i], kb[b, j], b, i, j, work, block, causal)
         p = jnp.where(mask, jnp.exp(s - lse[b, i][..., None]), 0)
         dp = jnp.einsum("krh,ksh->krs", gb[b, i], vb[b, j], preferred_element_type=jnp.float32)
         ds = (p * (dp - delta[b, i][..., None]) * H**-0.5).astype(q.dtype)
@@ -168,8 +175,8 @@ def _backward(block, causal, residuals, g):
     dq, dk, dv = _for_each_pair(work, body, carry)
     return (
         _unblocks(dq, T, N, block).astype(q.dtype),
-        _unblocks(dk, T, K, block).astype(k.dtype),
-        _unblocks(dv, T, K, block).astype(v.dtype),
+        _unblocks(dk, S, K, block).astype(k.dtype),
+        _unblocks(dv, S, K, block).astype(v.dtype),
         None,
     )
 

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 
 
-def segment_mask(q_segments, kv_segments, causal):
+def segment_mask(q_segments, kv_segments, causal, q_start=0):
     """Returns bool[B, T, S], True where a query may look.
 
-    The same segment, not padding, and not later if causal.
+    The same segment, not padding, and not later if causal; queries start at slot `q_start`.
 
     Example, segments [1, 1, 2, 0], causal:
 
@@ -19,7 +19,7 @@ def segment_mask(q_segments, kv_segments, causal):
     q, k = q_segments[:, :, None], kv_segments[:, None, :]
     mask = (q == k) & (q > 0)
     if causal:
-        mask &= jnp.arange(q.shape[1])[:, None] >= jnp.arange(k.shape[2])
+        mask &= q_start + jnp.arange(q.shape[1])[:, None] >= jnp.arange(k.shape[2])
     return mask
 
 
@@ -39,3 +39,13 @@ def masked_attention(q, k, v, mask):
     logits = jnp.where(mask, logits, -1e30)
     weights = jnp.where(mask, jax.nn.softmax(logits, axis=-1), 0).astype(v.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(B, T, N, H)
+
+
+def plan(q_segments, kv_segments, q_start, block, causal):
+    """Returns the mask; blocks do not matter here."""
+    return segment_mask(q_segments, kv_segments, causal, q_start)
+
+
+def attention(q, k, v, mask, spec, causal):
+    """Returns `masked_attention`; the mask knows all there is to know."""
+    return masked_attention(q, k, v, mask)

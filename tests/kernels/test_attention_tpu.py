@@ -1,0 +1,145 @@
+"""The TPU kernels under the interpreter that knows memories, copies and races, and compiled."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
+
+from vlmjax.kernels.attention import pallas_tpu, ref
+from vlmjax.kernels.attention.api import AttentionSpec
+from vlmjax.kernels.attention.intervals import needed_pairs
+
+BLOCK = 128
+# name: (lengths in each row, slots, query heads, kv heads, head size, causal, cores)
+LAYOUTS = {
+    "frames": ([[128, 128, 128]], 384, 2, 2, 72, False, 1),
+    "one segment": ([[384]], 384, 2, 2, 72, False, 1),
+    "one segment, causal": ([[384]], 384, 4, 1, 128, True, 1),
+    "ragged": ([[100, 3, 170, 111]], 384, 2, 2, 72, False, 1),
+    "one-token segments": ([[1] * 200 + [150]], 384, 2, 2, 72, False, 1),
+    "one-token segments, causal": ([[1] * 300], 384, 2, 2, 128, True, 1),
+    "padding": ([[50, 90]], 512, 2, 2, 72, False, 1),
+    "empty row": ([[], [200, 56]], 256, 2, 2, 128, False, 1),
+    "rows": ([[200, 100], [30, 1, 300]], 384, 4, 1, 128, True, 1),
+    "7:1": ([[90, 200]], 384, 7, 1, 128, True, 1),
+    "groups of heads": ([[130, 200]], 384, 16, 4, 64, True, 1),
+    "odd slots": ([[140, 100]], 300, 2, 1, 64, True, 1),
+    "two cores": ([[300, 80]], 512, 2, 2, 72, False, 2),
+    "two cores, causal": ([[300, 80], [1, 2, 3, 400]], 512, 4, 1, 128, True, 2),
+}
+QUICK = ("ragged", "two cores, causal")
+
+
+def segments_of(rows, slots):
+    out = np.zeros((len(rows), slots), np.int32)
+    for row, lengths in enumerate(rows):
+        ends = np.cumsum([0, *lengths])
+        for i, (a, b) in enumerate(zip(ends[:-1], ends[1:], strict=True), 1):
+            out[row, a:b] = i
+    return jnp.asarray(out)
+
+
+@pytest.fixture(params=[0])
+def interpreter(monkeypatch):
+    def use(cores):
+        how = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores)
+        monkeypatch.setattr(pallas_tpu, "INTERPRET", how)
+
+    return use
+
+
+@pytest.mark.parametrize(
+    "layout", [x if x in QUICK else pytest.param(x, marks=pytest.mark.slow) for x in LAYOUTS]
+)
+def test_kernels_equal_ref_without_races(layout, interpreter):
+    rows, slots, heads, kv_heads, size, causal, cores = LAYOUTS[layout]
+    interpreter(cores)
+    segments, B = segments_of(rows, slots), len(rows)
+    rng = np.random.default_rng(0)
+    q, g = (rng.normal(size=(B, slots, heads, size)).astype(np.float32) for _ in "qg")
+    k, v = (rng.normal(size=(B, slots, kv_heads, size)).astype(np.float32) for _ in "kv")
+
+    def value_and_grads(attend):
+        def f(q, k, v):
+            out = attend(q, k, v)
+            return (out * g).sum(), out
+
+        grads, out = jax.grad(f, (0, 1, 2), has_aux=True)(q, k, v)
+        return out, *grads
+
+    def kernel(q, k, v):
+        work = pallas_tpu.plan(segments, segments, 0, BLOCK, causal, cores)
+        return pallas_tpu.attention(q, k, v, work, AttentionSpec("pallas_tpu", BLOCK), causal)
+
+    def definition(q, k, v):
+        return ref.masked_attention(q, k, v, ref.segment_mask(segments, segments, causal))
+
+    got, want = value_and_grads(kernel), value_and_grads(definition)
+    assert not interpret_pallas_call.races.races_found
+    np.testing.assert_allclose(got[0], want[0], atol=1e-5)
+    for a, b in zip(got[1:], want[1:], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()))
+
+
+def random_rows(rng, slots):
+    rows = []
+    for _ in range(3):
+        lengths = []
+        while sum(lengths) < slots - 300:
+            lengths.append(int(rng.integers(1, 700)))
+        rows.append(lengths[: len(lengths) - 1])
+    return segments_of([*rows, []], slots)
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("start", [0, 768])
+def test_listed_pairs_are_exactly_the_needed_ones(causal, start, cores):
+    """Against the dense mask, for both lists; flags, order and parts are what the kernels rely on."""
+    segments = random_rows(np.random.default_rng(start + cores), 2048)
+    queries = segments[:, start : start + 1024]
+    B, n, m = 4, 1024 // BLOCK, 2048 // BLOCK
+    plan = pallas_tpu.plan(queries, segments, start, BLOCK, causal, cores)
+    mask = np.asarray(ref.segment_mask(queries, segments, causal, start))
+    needed = mask.reshape(B, n, BLOCK, m, BLOCK).any((2, 4))
+    np.testing.assert_array_equal(needed, needed_pairs(queries, segments, start, BLOCK, causal))
+    want = {(b * n + i, b * m + j) for b, i, j in zip(*np.nonzero(needed), strict=True)}
+    for work, outer in ((plan.by_query, 0), (plan.by_key, 1)):
+        parts = np.asarray(work.parts[0])
+        entries = np.asarray(work.pairs).reshape(-1)[: parts[-1]]
+        blocks = np.stack([pallas_tpu._query(entries), pallas_tpu._key(entries)], 1)
+        works = entries & pallas_tpu.WORK != 0
+        listed = [tuple(map(int, x)) for x in blocks[works]]
+        assert set(listed) == want and len(listed) == len(want)
+        own = blocks[:, outer]
+        assert (np.diff(own) >= 0).all() and set(own) == set(range(B * (n, m)[outer]))
+        edges = np.flatnonzero(np.diff(own, prepend=-1))
+        np.testing.assert_array_equal(np.flatnonzero(entries & pallas_tpu.FIRST), edges)
+        np.testing.assert_array_equal(
+            np.flatnonzero(entries & pallas_tpu.LAST), [*(edges[1:] - 1), len(entries) - 1]
+        )
+        for part, (a, b) in enumerate(zip(parts[:-1], parts[1:], strict=True)):
+            assert b > a and (a in edges)  # no core is idle, none shares an output block
+            seen = set()
+            for entry, pair, does in zip(entries[a:b], blocks[a:b], works[a:b], strict=True):
+                inner = int(pair[1 - outer])
+                assert not does or bool(entry & pallas_tpu.NEW) == (inner not in seen)
+                seen |= {inner} if does else set()
+            if outer == 1:
+                met = np.flatnonzero(np.asarray(plan.met)[:, part].reshape(-1))
+                assert seen == set(met.tolist())
+
+
+def test_work_follows_the_sum_of_squares():
+    frames = jnp.repeat(jnp.arange(1, 65), 256)[None]
+    for segments, pairs in ((frames, 64), (jnp.ones_like(frames), 64 * 64)):
+        plan = pallas_tpu.plan(segments, segments, 0, 256, False)
+        assert int(plan.by_query.parts[0, -1]) == int(plan.by_key.parts[0, -1]) == pairs
+
+
+def test_too_many_blocks_are_refused():
+    with pytest.raises(NotImplementedError, match="at most 4096 blocks"):
+        segments = jax.ShapeDtypeStruct((4, 1024 * 256), jnp.int32)
+        jax.eval_shape(lambda s: pallas_tpu.plan(s, s, 0, 128, True), segments)
