@@ -20,8 +20,8 @@ GLOBAL_BATCH = 128
 
 
 def get_config(arg=None):
-    """Returns the config of one size and stage."""
-    arg = parse_arg(arg, size="2b", stage=1)
+    """Returns the config of one size and stage for a number of chips."""
+    arg = parse_arg(arg, size="2b", stage=1, chips=16)
     size, stage = arg["size"], arg["stage"]
     if size not in LLM or stage not in SAMPLES:
         raise ValueError(
@@ -33,9 +33,7 @@ def get_config(arg=None):
         vision=dict(preset="siglip_so400m_14"),
         connector=dict(layers=2),
         llm=dict(preset=LLM[size]),
-        compute=dict(
-            dtype="bfloat16", remat="full", attention="blockwise", vision_block=256, llm_block=512
-        ),
+        compute=dict(dtype="bfloat16", remat="full", vision_segment=1024, llm_segment=8192),
     )
     if stage == 1:
         c.init = dict(vision="", connector="random", llm="")  # "": must be given
@@ -71,7 +69,7 @@ def get_config(arg=None):
     c.train = dict(
         steps=steps,
         rows=GLOBAL_BATCH // 2,
-        accumulate=1,
+        accumulate=max(GLOBAL_BATCH // 2 // arg["chips"], 1),  # a row for each chip at a time
         seed=42,
         log_every=10,
         save_every=1000,

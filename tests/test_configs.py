@@ -38,7 +38,7 @@ def test_every_config_is_tested():
 def test_resolves_and_lowers_at_full_size(name, arg):
     """Abstractly: nothing of the model or the batch is allocated, nothing is compiled."""
     run = build.resolve(_config(name, arg))
-    budget, rows = build.make_budget(run), run.train.rows
+    budget, rows = build.make_budgets(run)[0], run.train.rows
     assert run.processor.max_visual_tokens <= budget.visual or not budget.visual
     assert run.processor.max_length is None or run.processor.max_length <= budget.tokens
     assert run.processor.patch == run.model.vision.patch
@@ -189,6 +189,8 @@ def test_missing_key_is_refused(tmp_path):
         (dict(optim=dict(clip="norm")), r"optim\.clip='norm' is unknown; choose one of"),
         (dict(mesh=dict(data=3)), r"mesh data=3, fsdp=1, seq=1, tensor=1 does not fit"),
         (dict(data__budget=(160, 80)), r"data\.budget=\(160, 80\) needs four numbers"),
+        (dict(data__buckets=(160, 0, 0, 4)), r"data\.buckets=\(160, .* is a tuple of such tuples"),
+        (dict(data__buckets=((160, 0, 0, 1),)), r"data\.buckets=.* the last number that of data"),
         (
             dict(init=dict(vision="", llm="")),
             r"(?s)stage 1 .*init of llm, vision is empty; .*--config\.init\.vision=hf:",

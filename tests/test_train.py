@@ -17,11 +17,13 @@ from tiny import tiny_config
 from vlmjax import build, checkpoint, sharding
 from vlmjax.generate.chat import Chat
 from vlmjax.objectives import OBJECTIVES
-from vlmjax.train import loop, metrics
+from vlmjax.train import loop, metrics, program
 from vlmjax.train.optimizer import make_optimizer, resolve_lr
 from vlmjax.train.step import init_state, make_train_step
 
 CONNECTOR_ONLY = (("connector/.*", 1e-2), (".*", None))
+TEXT_BUCKET = ((160, 0, 0, 4),)
+STEP_COMPILED = ("/jax/core/compile/backend_compile_duration", "jit(train_step)")
 
 
 def first_batch(run, rows=None):
@@ -30,7 +32,7 @@ def first_batch(run, rows=None):
         loop.packed_batches(
             stream,
             processor,
-            build.make_budget(run),
+            build.make_budgets(run),
             rows or run.train.rows,
             pool=run.data.pool,
             patch_dim=run.model.vision.patch_dim,
@@ -76,6 +78,49 @@ def test_no_backward_of_the_frozen_tower_is_compiled(tmp_path):
 
     assert backward_ops(((".*", 1e-3),))
     assert not backward_ops(CONNECTOR_ONLY)
+
+
+def test_text_only_step_has_no_vision_tower(tmp_path):
+    """Not forward and not backward: parameters of the tower only pass through the optimizer."""
+    run = build.resolve(tiny_config(tmp_path, data__buckets=TEXT_BUCKET))
+    state, step = make_step(run)
+    found = []
+    for budget in build.make_budgets(run):
+        batch = program.batch_shapes(run, budget, sharding.make_mesh(data=1))
+        text = jax.jit(step).lower(state, batch).compile().as_text()
+        names = {part.split('"')[0] for part in text.split('op_name="')[1:]}
+        found.append([n for n in names if re.search(r"/.*\b(vision|connector)\b.*/", n)])
+    assert found[0] and not found[1]
+
+
+@pytest.mark.slow
+def test_every_bucket_is_compiled_before_the_first_step(tmp_path, monkeypatch, request):
+    compiled, seen = [], []
+
+    def listen(event, _, **kwargs):
+        compiled.append((event, kwargs.get("fun_name")))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    request.addfinalizer(lambda: jax.monitoring.unregister_event_duration_listener(listen))
+    write = metrics.Writer.write
+
+    def spy(writer, step, values):
+        seen.append(compiled.count(STEP_COMPILED))
+        write(writer, step, values)
+
+    monkeypatch.setattr(metrics.Writer, "write", spy)
+    config = tiny_config(
+        tmp_path, data__buckets=TEXT_BUCKET, train__steps=12, train__log_every=1, lr=((".*", 1e-3),)
+    )
+    summary = loop.train(config, tmp_path / "run")
+    lines = metrics.read(tmp_path / "run")
+    assert summary["compiles"] == 2 and seen == [2] * 12
+    used = [k for m in lines for k in (0, 1) if f"bucket{k}/steps" in m]
+    assert len(used) == 12 and set(used) == {0, 1}
+    for bucket, m in zip(used, lines, strict=True):
+        assert m["token_fill"] == m[f"bucket{bucket}/token_fill"] > 0.5
+        assert ("patch_fill" in m) == (bucket == 0)
+        assert (m["grad_norm/vision"] > 0) == (bucket == 0)
 
 
 def test_text_only_rows_train(tmp_path):

@@ -63,6 +63,10 @@ class DataConfig:
       sources: ((spec, weight), ...); a spec is "demo:TASK" or "json:FILE" (see `data.sources`).
       tokenizer: directory of a fast tokenizer, or "demo".
       budget: (tokens, patches, visual tokens, patches of a visual token) of a row.
+      buckets: further budgets; the rows of a step all have one of them or `budget`, whichever the
+        waiting samples use best, e.g. ((16384, 0, 0, 4),) for text-only steps. These run no vision
+        tower: its gradient is zero there, while moments and weight decay go on; they are of no use
+        to a stage that trains nothing else.
       pool: samples of look-ahead for packing.
       normalisation: of the loss, "token", "sample" or "sqrt".
       media_root: folder that media paths of json sources are relative to; they may not leave it.
@@ -71,9 +75,19 @@ class DataConfig:
     sources: tuple
     tokenizer: str
     budget: tuple
+    buckets: tuple = ()
     pool: int = 64
     normalisation: str = "token"
     media_root: str = "."
+
+    def __post_init__(self):
+        for name, budgets in (("budget", (self.budget,)), ("buckets", self.buckets)):
+            if any(np.shape(b) != (4,) or b[3] != self.budget[3] for b in budgets):
+                raise ValueError(
+                    f"data.{name}={getattr(self, name)} needs four numbers: tokens, patches, "
+                    "visual tokens, patches of a visual token; buckets is a tuple of such tuples, "
+                    "the last number that of data.budget"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,9 +147,14 @@ def model_config(values):
             f"config section 'model': unknown keys {sorted(unknown)}; allowed are "
             "['compute', 'connector', 'llm', 'vision']"
         )
+    sees = values["vision"] is not None
     return VLMConfig(
-        vision=preset(vit.ViTConfig, vit.PRESETS, values["vision"], "model.vision"),
-        connector=section(MLPConfig, values.get("connector", {}), "model.connector"),
+        vision=preset(vit.ViTConfig, vit.PRESETS, values["vision"], "model.vision")
+        if sees
+        else None,
+        connector=section(MLPConfig, values.get("connector", {}), "model.connector")
+        if sees
+        else None,
         llm=preset(decoder.DecoderConfig, decoder.PRESETS, values["llm"], "model.llm"),
         compute=section(Compute, values.get("compute", {}), "model.compute"),
     )
@@ -226,11 +245,6 @@ def make_data(run):
     return Mixture(sources, weights, run.train.seed), processor
 
 
-def make_budget(run):
-    """Returns the `Budget` of a row."""
-    if len(run.data.budget) != 4:
-        raise ValueError(
-            f"data.budget={run.data.budget} needs four numbers: tokens, patches, visual "
-            "tokens, patches of a visual token"
-        )
-    return Budget(*run.data.budget).check()
+def make_budgets(run):
+    """Returns the `Budget` of every bucket, that of `data.budget` first."""
+    return tuple(Budget(*budget).check() for budget in (run.data.budget, *run.data.buckets))

@@ -110,8 +110,13 @@ def restore(folder, like):
     return arrays, json.loads((folder / "meta.json").read_text())
 
 
-def restore_params(workdir):
+def restore_params(workdir, place=None):
     """Returns ({path: array}, meta) of the newest checkpoint of a finished or interrupted run.
+
+    Args:
+      workdir: of the run.
+      place: function {path: ShapeDtypeStruct} of what is saved -> {path: sharding}; None = all on
+        the first device of this process.
 
     Raises:
       CheckpointError: the run has none.
@@ -122,14 +127,22 @@ def restore_params(workdir):
             f"{workdir} holds no complete checkpoint; run that stage first, or point init at a "
             "run that did"
         )
-    with ocp.StandardCheckpointer() as reader:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         path = (folder / "arrays").absolute()
-        shapes = reader.metadata(path).item_metadata.tree
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        like = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes
-        )
-        arrays = reader.restore(path, like)
+        saved = reader.metadata(path).item_metadata.tree
+        like = {
+            part: {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in saved[part].items()}
+            for part in ("trainable", "frozen")
+        }
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        where = place(like["trainable"] | like["frozen"]) if place else {}
+        like = {
+            part: {p: x.update(sharding=where.get(p, device)) for p, x in params.items()}
+            for part, params in like.items()
+        }
+        how = ocp.checkpoint_utils.construct_restore_args(like)
+        args = ocp.args.PyTreeRestore(item=like, restore_args=how, partial_restore=True)
+        arrays = reader.restore(path, args=args)
     return arrays["trainable"] | arrays["frozen"], json.loads((folder / "meta.json").read_text())
 
 

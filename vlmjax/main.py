@@ -2,16 +2,19 @@
 
 train     --config --workdir                    trains a config, resuming what is there
 inspect   --config                              prints the parameters of a config
+aot       --config --topology [--json]          plans memory and time on a TPU slice not owned
 eval      --config --workdir --output           scores a run on held-out data and writes a report
 export    --workdir --output [--config]         writes a Hugging Face directory
 generate  --model --prompt [--image] [--video]  answers a question
 """
 
 import json
+import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from vlmjax.aot import cli as aot_cli
 from vlmjax.generate import cli
 
 config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:key=value,...]", lock_config=True)
@@ -19,16 +22,28 @@ flags.DEFINE_string("workdir", None, "folder of the run")
 flags.DEFINE_string("output", None, "folder that eval or export writes")
 flags.DEFINE_string("export", None, "Hugging Face folder named in eval's report; default OUTPUT/hf")
 flags.DEFINE_bool("tensorboard", False, "also write TensorBoard events (tensorboard extra)")
+flags.DEFINE_string(
+    "profile", None, "train: FIRST:LAST step to trace into WORKDIR/profile, for xprof"
+)
+flags.DEFINE_bool("distributed", False, "train: look for the other hosts of a Cloud TPU slice")
 for kind, name, default, text in cli.FLAGS:
     getattr(flags, f"DEFINE_{kind}")(name, default, f"generate: {text}")
+for kind, name, default, text in aot_cli.FLAGS:
+    getattr(flags, f"DEFINE_{kind}")(name, default, f"aot: {text}")
 FLAGS = flags.FLAGS
 
 
 def train():
     """Trains the config in --workdir, resuming what is there."""
-    from vlmjax.train.loop import train
+    import jax
 
-    print(json.dumps(train(FLAGS.config, FLAGS.workdir, FLAGS.tensorboard)))
+    from vlmjax.train import cluster, loop, profile
+
+    steps = profile.parse(FLAGS.profile)
+    cluster.join(FLAGS.distributed)
+    summary = loop.train(FLAGS.config, FLAGS.workdir, FLAGS.tensorboard, steps)
+    if jax.process_index() == 0:
+        print(json.dumps(summary))
 
 
 def inspect():
@@ -37,6 +52,13 @@ def inspect():
     from vlmjax.train.parameters import parameter_table
 
     print(parameter_table(build.resolve(FLAGS.config)))
+
+
+def aot():
+    """Plans a train step on --topology; exit code 3 when it does not fit."""
+    given = {name: FLAGS[name].value for _, name, _, _ in aot_cli.FLAGS}
+    file = config_flags.get_config_filename(FLAGS["config"])
+    sys.exit(aot_cli.run(FLAGS.config, file, sys.argv, given))
 
 
 def evaluate():
@@ -66,6 +88,7 @@ def generate():
 COMMANDS = {
     "train": (train, ("config", "workdir")),
     "inspect": (inspect, ("config",)),
+    "aot": (aot, ("config", "topology")),
     "eval": (evaluate, ("config", "workdir", "output")),
     "export": (export, ("workdir", "output")),
     "generate": (generate, ("model",)),

@@ -162,6 +162,12 @@ REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "offload_attention": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["attention"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -175,7 +181,7 @@ def scan_layers(blocks, call, x, xs=None, remat="none"):
       xs: optional pytree with a leading axis of L, one slice for each layer (a cache).
       remat: what the backward pass may keep of a layer, a key of `REMAT`: "none" recomputes
         nothing, "full" recomputes the whole layer, "dots" keeps matrix products, "attention" keeps
-        attention outputs.
+        attention outputs, "offload_attention" keeps them in the memory of the host.
 
     Returns:
       (x, ys) with ys stacked over layers.

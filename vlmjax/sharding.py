@@ -182,30 +182,25 @@ def map_attention(attend, q, k, v, work, layout):
 
 
 def map_tokens(f, *args, weight):
-    """Returns f(*args, weight), run shard by shard when a mesh is in use.
+    """Returns f(*args, weight, axis), run shard by shard when a mesh is in use.
 
-    For a program whose loops depend on the tokens a device holds: each device runs its own.
+    For a program whose loops depend on the tokens a device holds: each device runs its own. Tokens
+    are shared out over all devices.
 
     Args:
-      f: function of arrays [B, T, ...] and the whole weight, returning such an array.
+      f: function of arrays [B, T, ...], a weight and the mesh axis over which its first dimension
+        is spread (None: it is whole), returning such an array.
       args: arrays [B, T, ...].
-      weight: [D, V], gathered here, so that its gradient comes back scattered.
+      weight: [D, V] of the head.
     """
-    layout = layout_of("llm", *args[0].shape[:2])
+    B, T = args[0].shape[:2]
+    layout = layout_of("llm", B, T)
     if not layout.rows:
-        return f(*args, weight)
+        return f(*args, weight, None)
     mesh = jax.sharding.get_abstract_mesh()
     axis = spec_of("llm/head/kernel", ("embed", "vocab"), weight.shape, mesh)[0]
-
-    def share(*args):
-        *args, weight = args
-        return f(*args, jax.lax.all_gather(weight, axis, tiled=True) if axis else weight)
-
-    spec = P(layout.rows, layout.slots)
-    return jax.shard_map(
-        share,
-        in_specs=(*(spec,) * len(args), P(axis)),
-        out_specs=spec,
-        axis_names={*layout.rows, *layout.slots},
-        check_vma=False,
-    )(*args, weight)
+    slots = (*layout.slots, *layout.heads)
+    spec = P(layout.rows, slots if T % _size(mesh, slots) == 0 else layout.slots)
+    return _shard_map(lambda *args: f(*args, axis), (*(spec,) * len(args), P(axis)), spec)(
+        *args, weight
+    )

@@ -37,6 +37,7 @@ class Compute:
       vision_segment, llm_segment: expected patches of an image and tokens of a sample; only the
         compiler's cost estimates and `aot` read them. 0 = a whole row.
       loss_chunk: supervised tokens whose logits exist at a time; 0 = all.
+      loss_columns: of the vocabulary that exist at a time.
     """
 
     dtype: str = "float32"
@@ -48,6 +49,7 @@ class Compute:
     vision_segment: int = 0
     llm_segment: int = 0
     loss_chunk: int = 1024
+    loss_columns: int = 8192
 
 
 @dataclasses.dataclass(frozen=True)

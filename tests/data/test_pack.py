@@ -102,7 +102,14 @@ def process(record):
 def stream(position=None):
     mixture = Mixture([Numbers()], [1.0], seed=0)
     return packed_batches(
-        mixture, process, BUDGET, 2, pool=12, patch_dim=12, normalisation="token", position=position
+        mixture,
+        process,
+        [BUDGET],
+        2,
+        pool=12,
+        patch_dim=12,
+        normalisation="token",
+        position=position,
     )
 
 

@@ -1,5 +1,6 @@
 """An exported directory in transformers: same text, same tokens, same pixels as ours."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -95,6 +96,16 @@ def test_processor_settings_come_back(export):
     tokenizer, config = hf.load_processor(export)
     assert config == CONFIG
     assert tokenizer.encode("a<|im_end|>é") == byte_tokenizer().encode("a<|im_end|>é")
+
+
+def test_an_export_says_that_transformers_prunes_elsewhere(export, tmp_path):
+    cfg, params = hf.read_config(export), hf.load_params(export)
+    config = dataclasses.replace(CONFIG, prune="before_encoder")
+    hf.save_pretrained(tmp_path, cfg, params, byte_tokenizer(), config)
+    assert hf.load_processor(tmp_path)[1] == config
+    note = "before the\nvision tower, as this model was trained. transformers drops them after"
+    assert note in (tmp_path / "README.md").read_text()
+    assert "vision tower" not in (export / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,4 +1,4 @@
-"""The GPU kernels of segment attention: values interpreted on a CPU, lowering for CUDA."""
+"""GPU kernels of segment attention, interpreted; JAX_PLATFORMS=cuda runs them on a GPU."""
 
 import math
 import re

@@ -1,13 +1,17 @@
 """The TPU kernels under the interpreter that knows memories, copies and races, and compiled."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vlmjax.kernels.attention import pallas_tpu, ref
+from vlmjax.kernels.attention import api, pallas_tpu, ref
 from vlmjax.kernels.attention.api import AttentionSpec
 from vlmjax.kernels.attention.intervals import needed_pairs
 
@@ -97,7 +101,7 @@ def random_rows(rng, slots):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("start", [0, 768])
 def test_listed_pairs_are_exactly_the_needed_ones(causal, start, cores):
-    """Against the dense mask, for both lists; flags, order and parts are what the kernels rely on."""
+    """Against the dense mask, both lists; flags, order and parts are as the kernels need."""
     segments = random_rows(np.random.default_rng(start + cores), 2048)
     queries = segments[:, start : start + 1024]
     B, n, m = 4, 1024 // BLOCK, 2048 // BLOCK
@@ -143,3 +147,41 @@ def test_too_many_blocks_are_refused():
     with pytest.raises(NotImplementedError, match="at most 4096 blocks"):
         segments = jax.ShapeDtypeStruct((4, 1024 * 256), jnp.int32)
         jax.eval_shape(lambda s: pallas_tpu.plan(s, s, 0, 128, True), segments)
+
+
+SHAPES = {  # slots, heads, kv heads, head size, causal
+    "16k patches": (16384, 16, 16, 72, False),
+    "65k patches": (65536, 16, 16, 72, False),
+    "16k tokens": (16384, 12, 2, 128, True),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernels_compile_for_chips_that_are_not_here(shape, chip, monkeypatch):
+    """By the real compiler; logits never exist in HBM and the list is what the grid is made of."""
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
+    slots, heads, kv_heads, size, causal = SHAPES[shape]
+    device = topologies.get_topology_desc(platform="tpu", topology_name=chip).devices[0]
+    mesh = Mesh(np.array([device]), ("x",), axis_types=(AxisType.Auto,))
+    spec = AttentionSpec()
+
+    def step(q, k, v, segments, g):
+        how = spec.resolve(size, causal)
+        work = api.plan(segments, segments, 0, causal=causal, spec=how)
+        attend = functools.partial(api.attention, work=work, causal=causal, spec=how)
+        out, back = jax.vjp(attend, q, k, v)
+        return out, back(g)
+
+    q = jax.ShapeDtypeStruct((1, slots, heads, size), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((1, slots, kv_heads, size), jnp.bfloat16)
+    segments = jax.ShapeDtypeStruct((1, slots), jnp.int32)
+    with jax.set_mesh(mesh):
+        where = NamedSharding(mesh, PartitionSpec())
+        compiled = jax.jit(step, in_shardings=where).lower(q, k, k, segments, q).compile()
+    text = compiled.as_text()
+    assert text.count("tpu_custom_call") >= 2 and "segment_attention_backward" in text
+    # At most eight arrays of the size of q in float32, where dense logits would be thousands.
+    assert compiled.memory_analysis().temp_size_in_bytes < 8 * 4 * slots * heads * 128

@@ -23,13 +23,16 @@ def inputs(share, seed=0):
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
+@pytest.mark.parametrize("columns", [20, 53, 8192])
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_chunked_equals_ref(share, chunk):
+def test_chunked_equals_ref(share, chunk, columns):
     hidden, head, targets, mask, weights = inputs(share)
 
     def run(chunk):
         def loss(hidden, head):
-            return (api.token_nll(hidden, head, targets, mask, chunk=chunk) * weights).sum()
+            return (
+                api.token_nll(hidden, head, targets, mask, chunk=chunk, columns=columns) * weights
+            ).sum()
 
         return jax.jit(jax.value_and_grad(loss, (0, 1)))(hidden, head)
 

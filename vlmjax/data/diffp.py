@@ -13,6 +13,11 @@ from collections.abc import Iterable
 import numpy as np
 
 
+def score(sums, values):
+    """Returns f32: the change of windows of `values` 8-bit values that differ by `sums` in all."""
+    return 2 * sums.astype(np.float32) / values
+
+
 def change_scores(previous: np.ndarray, current: np.ndarray, merge: int) -> np.ndarray:
     """Returns f32[windows], how much each window changed between two frames u8[patches, values]."""
     if previous.shape != current.shape:
@@ -22,11 +27,7 @@ def change_scores(previous: np.ndarray, current: np.ndarray, merge: int) -> np.n
         )
     difference = np.maximum(previous, current) - np.minimum(previous, current)
     windows = difference.reshape(len(difference) // merge**2, -1)
-    return (
-        np.float32(2)
-        * windows.sum(-1, dtype=np.uint32).astype(np.float32)
-        / np.float32(windows.shape[1])
-    )
+    return score(windows.sum(-1, dtype=np.uint32), windows.shape[1])
 
 
 def next_mask(

@@ -31,26 +31,34 @@ class Stats:
 
 def size(sample):
     """Returns (tokens, patches, visual tokens) that a sample takes."""
-    return len(sample.tokens), sum(len(i.patches) for i in sample.items), int(sample.visual.sum())
+    return len(sample.tokens), sum(i.num_encoded for i in sample.items), int(sample.visual.sum())
 
 
-def check_fits(sample, budget):
+def fits(sizes, budget):
+    """Whether (tokens, patches, visual tokens) fit an empty row."""
+    return all(n <= limit for n, limit in zip(sizes, budget, strict=False))
+
+
+def check_fits(sample, *budgets):
     """Returns `size(sample)`.
 
     Raises:
-      ValueError: the sample does not fit an empty row, or its placeholders do not match its media.
+      ValueError: the sample fits an empty row of no budget, or its placeholders do not match its
+        media.
     """
     sizes = size(sample)
+    names = "tokens", "patches", "visual tokens"
     over = [
-        f"{n} {name} (row budget {limit})"
-        for name, n, limit in zip(
-            ("tokens", "patches", "visual tokens"), sizes, budget, strict=False
+        ", ".join(
+            f"{n} {name} (row budget {limit})"
+            for name, n, limit in zip(names, sizes, budget, strict=False)
+            if n > limit
         )
-        if n > limit
+        for budget in budgets
     ]
-    if over:
+    if all(over):
         raise ValueError(
-            f"record {sample.id!r} has {', '.join(over)}: it fits no row and is never cut "
+            f"record {sample.id!r} has {'; '.join(over)}: it fits no row and is never cut "
             "silently. Raise the row budget of data.budget, or lower the processor's "
             "max_visual_tokens or max_frames"
         )
@@ -134,13 +142,16 @@ def pack(samples_by_row, budget, patch_dim, normalisation="token"):
             batch.weights[row, t : t + n - 1] = token_weights(sample, normalisation)
             batch.source[row, slots][sample.visual] = u + np.arange(int(sample.visual.sum()))
             for item in sample.items:
-                segment += 1
-                m = len(item.patches)
-                batch.patches[row, p : p + m] = item.patches
+                encoded, m = item.encoded, item.num_encoded
+                segment += m > 0
+                batch.patches[row, p : p + m] = item.patches[encoded]
                 batch.patch_segments[row, p : p + m] = segment
-                batch.patch_coords[row, p : p + m] = window_coords(*item.grid, item.merge)
+                coords = window_coords(*item.grid, item.merge)
+                batch.patch_coords[row, p : p + m] = coords[encoded]
+                places = np.zeros(len(item.patches), np.int32)
+                places[encoded] = np.arange(p, p + m)
                 group = item.merge**2
-                windows = np.arange(p, p + m, dtype=np.int32).reshape(-1, group)[item.keep]
+                windows = places.reshape(-1, group)[item.keep]
                 batch.windows[row, u : u + len(windows), :group] = windows
                 before, u, p = before + len(item.keep), u + len(windows), p + m
                 patch_pairs += m * m

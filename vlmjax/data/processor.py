@@ -19,7 +19,7 @@ import numpy as np
 from vlmjax.data import chat, diffp
 from vlmjax.data.media import Medium, gather
 from vlmjax.data.resize import RULES, Clip, patch_rows
-from vlmjax.data.sample import Item, Sample
+from vlmjax.data.sample import PRUNE, Item, Sample
 from vlmjax.data.sampling import SAMPLERS
 from vlmjax.data.tokenizer import Tokenizer
 
@@ -38,6 +38,9 @@ class ProcessorConfig:
       fps, max_frames, frame_sampling: which frames of a video file are shown.
       compression: prune unchanged visual tokens of videos and streams (DiffFP).
       threshold, min_kept: of DiffFP.
+      prune: "after_encoder" (VideoLLaMA3: the vision tower sees whole frames) or "before_encoder"
+        (as in RLT, arXiv:2411.05222: it sees the patches of kept tokens only; their positions in
+        the frame stay).
       resize: "videollama3" or "transformers".
       max_stream_frames: most frames of a stream.
       max_length: most tokens of a sample.
@@ -56,12 +59,14 @@ class ProcessorConfig:
     compression: bool = True
     threshold: float = 0.1
     min_kept: int = 1
+    prune: str = "after_encoder"
     resize: str = "videollama3"
     max_stream_frames: int = 400
     max_length: int = 32768
 
     def __post_init__(self):
-        for name, known in (("resize", RULES), ("frame_sampling", SAMPLERS)):
+        choices = ("resize", RULES), ("frame_sampling", SAMPLERS), ("prune", PRUNE)
+        for name, known in choices:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: use one of {sorted(known)}")
         for name in (
@@ -183,4 +188,6 @@ class Processor:
             masks = diffp.keep_masks(rows, merge, config.threshold, config.min_kept)
         else:
             masks = [whole] * len(rows)
-        return [Item(r, grid, merge, mask) for r, mask in zip(rows, masks, strict=True)]
+        return [
+            Item(r, grid, merge, mask, config.prune) for r, mask in zip(rows, masks, strict=True)
+        ]

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+PRUNE = ("after_encoder", "before_encoder")
+
 
 @dataclass(frozen=True, eq=False)
 class Item:
@@ -19,12 +21,26 @@ class Item:
       merge: side of the window of patches that becomes one visual token.
       keep: bool[(h // merge) * (w // merge)], True where the visual token reaches the language
         model.
+      prune: where the others leave, one of `PRUNE`: the vision tower sees the whole frame and they
+        are dropped from its output, or their patches never enter it.
     """
 
     patches: np.ndarray
     grid: tuple[int, int]
     merge: int
     keep: np.ndarray
+    prune: str = "after_encoder"
+
+    @property
+    def encoded(self):
+        """Index of the patches that enter the vision tower: all, or those of kept tokens."""
+        before = self.prune == "before_encoder"
+        return np.repeat(self.keep, self.merge**2) if before else slice(None)
+
+    @property
+    def num_encoded(self):
+        """How many patches enter the vision tower."""
+        return np.arange(len(self.patches))[self.encoded].size
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from vlmjax.batch import Batch, Budget
-from vlmjax.data.pack import Stats, check_fits, first_fit, pack
+from vlmjax.data.pack import Stats, check_fits, first_fit, fits, pack
+from vlmjax.data.sample import Sample
 
 
 class Mixture:
@@ -76,64 +77,109 @@ class Position(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """A `Batch` with the record ids in it, its counts, and the stream's position after it."""
+    """A `Batch`, its bucket, the record ids in it, its counts, and the stream's position after."""
 
     batch: Batch
+    bucket: int
     ids: tuple
     stats: Stats
     position: Position
 
 
-def packed_batches(stream, process, budget, rows, *, pool, patch_dim, normalisation, position=None):
+class Waiting(NamedTuple):
+    """A sample in the pool."""
+
+    draw: int
+    sample: Sample
+    sizes: tuple  # of `pack.size`
+    rank: tuple  # the lowest is packed first
+
+
+def choose_bucket(sizes, budgets, rows, urgent=False):
+    """Returns (bucket, row of each sample or None): the budget that a whole batch is packed for.
+
+    Every bucket is tried: the samples go, in the order given, each to its first row with room.
+    The bucket whose slots are best used wins, the earlier of equals. A slot costs the same whether
+    it is used or not, and all token slots of the largest budget as much as all its patch slots.
+    So a text-only batch is made when enough text waits to fill it better than a mixed batch would
+    be filled; until then text takes what images leave free.
+
+    Args:
+      sizes: of the waiting samples, of `pack.size`.
+      budgets: of the buckets.
+      rows: B.
+      urgent: only buckets that take the first sample count.
+    """
+    tokens, patches = (max(1, *(budget[i] for budget in budgets)) for i in range(2))
+
+    def used(option):
+        bucket, places = option
+        taken = [size for size, row in zip(sizes, places, strict=True) if row is not None]
+        work = sum(t / tokens + p / patches for t, p, _ in taken)
+        return work / (budgets[bucket].tokens / tokens + budgets[bucket].patches / patches)
+
+    options = [(bucket, first_fit(sizes, rows, budget)) for bucket, budget in enumerate(budgets)]
+    return max((o for o in options if o[1][0] is not None or not urgent), key=used)
+
+
+def packed_batches(
+    stream, process, budgets, rows, *, pool, patch_dim, normalisation, position=None
+):
     """Yields `PackedBatch` without end.
 
-    The pool holds `pool` samples. Every step fills its rows from it, the ones that have waited
-    longest first and then the largest first, so nothing starves and nothing is lost: what does not
-    fit waits.
+    The pool holds `pool` samples; with several buckets it may hold up to eight times as many when
+    the rest has no media, which takes hardly any memory, since a text-only batch needs many. Every
+    step chooses a bucket (`choose_bucket`) and fills its rows from the pool: first what has waited
+    too long, so nothing starves; then what fits fewer buckets than the others; then the largest.
+    Nothing is lost: what does not fit waits. All of it is a function of the pool, so a `Position`
+    resumes it exactly.
 
     Args:
       stream: draw number -> record.
       process: record -> Sample.
-      budget: a `Budget`.
+      budgets: a `Budget` for each bucket; a sample has to fit at least one of them.
       rows: B.
       pool: samples to look ahead, at least what a batch holds.
       patch_dim: values in a patch row.
       normalisation: see `pack`.
       position: `Position` to resume from.
     """
-    budget = Budget(*budget).check()
+    budgets = [Budget(*budget).check() for budget in budgets]
+    largest = [max(slots) for slots in zip(*budgets, strict=True)]
+    reach = pool if len(budgets) == 1 else 8 * pool
 
     def load(n):
         record = stream[n]
         try:
             sample = process(record)
-            return n, sample, check_fits(sample, budget)
+            sizes = check_fits(sample, *budgets)
         except (ValueError, OSError) as e:
             raise ValueError(f"record {record.get('id')!r} (draw {n} of the stream): {e}") from e
+        choices = sum(fits(sizes, budget) for budget in budgets)
+        share = max(size / max(b, 1) for size, b in zip(sizes, largest, strict=False))
+        return Waiting(n, sample, sizes, (choices, -share, n))
 
     position = position or Position()
     following, waiting = position.next, [load(n) for n in position.pool]
     while True:
-        while len(waiting) < pool:
+        while len(waiting) < reach and sum(w.sizes[1] > 0 for w in waiting) < pool:
             waiting.append(load(following))
             following += 1
-        late = following - 4 * pool
-        waiting.sort(
-            key=lambda w: (
-                w[0] >= late,
-                -max(n / max(b, 1) for n, b in zip(w[2], budget, strict=False)),
-                w[0],
-            )
-        )
-        places = first_fit([w[2] for w in waiting], rows, budget)
-        chosen = [[] for _ in range(rows)]
-        for (_, sample, _), row in zip(waiting, places, strict=True):
-            if row is not None:
-                chosen[row].append(sample)
-        waiting = [w for w, row in zip(waiting, places, strict=True) if row is None]
-        batch, stats = pack(chosen, budget, patch_dim, normalisation)
+        late = following - 4 * reach
+        waiting.sort(key=lambda w: (w.draw >= late, w.rank))
+        sizes = [w.sizes for w in waiting]
+        bucket, places = choose_bucket(sizes, budgets, rows, urgent=waiting[0].draw < late)
+        chosen, left = [[] for _ in range(rows)], []
+        for w, row in zip(waiting, places, strict=True):
+            if row is None:
+                left.append(w)
+            else:
+                chosen[row].append(w.sample)
+        waiting = left
+        batch, stats = pack(chosen, budgets[bucket], patch_dim, normalisation)
         ids = tuple(s.id for row in chosen for s in row)
-        yield PackedBatch(batch, ids, stats, Position(following, tuple(w[0] for w in waiting)))
+        position = Position(following, tuple(w.draw for w in waiting))
+        yield PackedBatch(batch, bucket, ids, stats, position)
 
 
 def prefetch(iterator, depth=2):

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from vlmjax import build
+from vlmjax.batch import Budget
 from vlmjax.data.pack import check_fits, first_fit, pack
 from vlmjax.data.sources import open_source
 from vlmjax.evals.config import EvalConfig
@@ -69,7 +70,7 @@ def run(config, workdir, output):
         if hasattr(source, "__len__"):
             count = min(count, len(source))
         samples = [chat.processor(source[i]) for i in range(count)]
-        budget = build.make_budget(resolved)
+        budget = Budget(*map(max, zip(*build.make_budgets(resolved), strict=True)))
         loss, tokens = mean_loss(chat.generator, samples, budget, resolved.train.rows)
         found[spec] = {"loss": loss, "tokens": tokens, "n": count}
         print(f"{spec}  loss {loss:.4f}  {tokens} tokens of {count} records", flush=True)

@@ -196,7 +196,7 @@ class Stream:
         previous = self._previous if config.compression else None
         keep = next_mask(previous, patches, merge, config.threshold, config.min_kept)
         grid = self._size[0] // config.patch, self._size[1] // config.patch
-        return Item(patches, grid, merge, keep)
+        return Item(patches, grid, merge, keep, config.prune)
 
     def _sample(self, message, item=None):
         """Returns the `Sample` of one message, as it is in the whole conversation."""
@@ -221,11 +221,11 @@ class Stream:
                 f"({int(sample.visual.sum())} visual), capacity is {self.capacity}: start a new "
                 "stream or make one with more capacity"
             )
-        if not sample.items:
+        if not sample.visual.any():
             return self._feed(sample.tokens)
         (item,), generator = sample.items, self.generator
         tokens = bucket(n + int((~item.keep).sum()), LEAST_TOKENS)  # the same for every frame
-        patches = bucket(len(item.patches), LEAST_PATCHES)
+        patches = bucket(item.num_encoded, LEAST_PATCHES)
         budget = Budget(tokens, patches, tokens, max(4, item.merge**2))
         batch, _ = pack([[sample]], budget, generator.config.vision.patch_dim)
         generator.programs.add(("encode", *budget))

@@ -115,6 +115,12 @@ def _card(name: str, facts: dict, config: ProcessorConfig, more: Mapping) -> str
         ours, theirs = (config.threshold, config.min_kept), (0.1, 1)  # fixed in transformers
         same = "as in transformers" if ours == theirs else f"where transformers uses {theirs}"
         pruned = f"dropped (DiffFP, threshold and fewest tokens {ours}, {same})"
+        if config.prune == "before_encoder":
+            pruned += (
+                " before the\nvision tower, as this model was trained. transformers drops them "
+                "after it, so its answers about\nvideos differ: use vlmjax for videos, which reads "
+                "this setting from `processor_config.json`"
+            )
     return CARD.format(
         front="\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items()),
         name=name,

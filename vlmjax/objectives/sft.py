@@ -6,15 +6,14 @@ from vlmjax.kernels.cross_entropy import api
 
 def token_losses(model, batch):
     """Returns f32[B, T]: the loss of each supervised token (weight > 0), 0 elsewhere."""
-    hidden = model(batch)
+    hidden, compute = model(batch), model.cfg.compute
 
-    def tokens(hidden, targets, mask, head):
-        return api.token_nll(hidden, head, targets, mask, chunk=model.cfg.compute.loss_chunk)
+    def tokens(hidden, targets, mask, head, axis):
+        chunks = dict(chunk=compute.loss_chunk, columns=compute.loss_columns)
+        return api.token_nll(hidden, head, targets, mask, **chunks, axis=axis)
 
-    # Cast before every device gathers it whole.
-    head = model.llm.head_kernel().astype(hidden.dtype)
     args = hidden, batch.targets, batch.weights > 0
-    return sharding.map_tokens(tokens, *args, weight=head)
+    return sharding.map_tokens(tokens, *args, weight=model.llm.head_kernel())
 
 
 def sft(model, batch):

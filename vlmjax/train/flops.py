@@ -49,21 +49,26 @@ def forward_flops(cfg, stats):
       stats: `data.pack.Stats`.
     """
     v, m = cfg.vision, cfg.llm
-    patch, vit = v.patch_dim * v.width, v.layers * (4 * v.width**2 + 2 * v.width * v.mlp)
-    first, others = v.width * m.width, (cfg.connector.layers - 1) * m.width**2
     block = m.width * m.head_dim * (2 * m.heads + 2 * m.kv_heads) + 3 * m.width * m.mlp
-    patches, visual, tokens = 2 * stats.patches, 2 * stats.visual, 2 * stats.tokens
     causal = 2 * m.layers * m.heads * m.head_dim * stats.token_pairs
-    return {
-        "vision": (
-            patches * (patch + vit),
-            patches * patch,
-            4 * v.layers * v.width * stats.patch_pairs,
-        ),
-        "connector": (visual * (first + others), visual * first, 0),
-        "llm": (tokens * m.layers * block, 0, causal),
+    decoder = {
+        "llm": (2 * stats.tokens * m.layers * block, 0, causal),
         "head": (2 * stats.supervised * m.width * m.vocab, 0, 0),
     }
+    if v is None:
+        return decoder
+    patch, vit = v.patch_dim * v.width, v.layers * (4 * v.width**2 + 2 * v.width * v.mlp)
+    first, others = v.width * m.width, (cfg.connector.layers - 1) * m.width**2
+    patches, visual = 2 * stats.patches, 2 * stats.visual
+    tower = (
+        patches * (patch + vit),
+        patches * patch,
+        4 * v.layers * v.width * stats.patch_pairs,
+    )
+    return {
+        "vision": tower,
+        "connector": (visual * (first + others), visual * first, 0),
+    } | decoder
 
 
 def train_flops(cfg, stats, trained):

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import signal
 import time
 from functools import partial
 from pathlib import Path
@@ -14,10 +13,12 @@ import numpy as np
 from vlmjax import build, checkpoint, hf, sharding
 from vlmjax.data.stream import Position, packed_batches, prefetch
 from vlmjax.nn import flatten
-from vlmjax.objectives import OBJECTIVES
 from vlmjax.train import flops, metrics
-from vlmjax.train.optimizer import choose, make_optimizer, resolve_lr, schedule
-from vlmjax.train.step import init_state, make_train_step
+from vlmjax.train.cluster import preemption
+from vlmjax.train.optimizer import schedule
+from vlmjax.train.profile import traced
+from vlmjax.train.program import batch_shapes, make_program
+from vlmjax.train.step import TrainState
 
 
 class NonFiniteLoss(ValueError):
@@ -62,42 +63,32 @@ def initial_params(run, shapes, where):
     """
     sources = check_init(run.init, run.stage)
     if isinstance(run.init, str):
-        params, _ = checkpoint.restore_params(run.init)
-        build.check_params(params, shapes, run.init)
-        return jax.device_put(params, where)
+
+        def place(saved):
+            build.check_params(saved, shapes, run.init)
+            return where
+
+        return checkpoint.restore_params(run.init, place)[0]
     params = build.random_params(run.model, run.train.seed, where)
     for module, source in sources.items():
         loaded = flatten(hf.load_module(module, source[3:], run.model), f"{module}/")
         build.check_params(
             loaded, {p: s for p, s in shapes.items() if p.startswith(f"{module}/")}, source
         )
-        params |= {p: jax.device_put(x, where[p]) for p, x in loaded.items()}
+        params |= {p: sharding.place(x, where[p]) for p, x in loaded.items()}
     return params
 
 
-def make_state(run, shapes, axes, lrs, optimizer, mesh, workdir):
+def make_state(run, program, workdir):
     """Returns (TrainState on the mesh, Position of the data): restored from `workdir`, or fresh."""
-    where = build.shardings(shapes, axes, mesh)
-
-    def fresh(params):
-        return init_state(params, lrs, optimizer, run.train.frozen_dtype)
-
-    def place(path, x):
-        keys = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
-        replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        return where.get(keys[-1], replicated) if keys else replicated
-
-    abstract = jax.eval_shape(fresh, shapes)
-    placed = jax.tree_util.tree_map_with_path(place, abstract)
     folder = checkpoint.newest(workdir)
     if folder is None:
-        params = initial_params(run, shapes, where)
-        return jax.jit(fresh, out_shardings=placed, donate_argnums=0)(params), Position()
-    like = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed
-    )
-    arrays, meta = checkpoint.restore(folder, like._asdict())
-    return type(abstract)(**arrays), Position(meta["position"][0], tuple(meta["position"][1]))
+        params = initial_params(run, program.shapes, program.where)
+        placed = jax.tree.map(lambda x: x.sharding, program.state)
+        fresh = jax.jit(program.fresh, out_shardings=placed, donate_argnums=0)
+        return fresh(params), Position()
+    arrays, meta = checkpoint.restore(folder, program.state._asdict())
+    return TrainState(**arrays), Position(meta["position"][0], tuple(meta["position"][1]))
 
 
 def check_finite(step, values, ids):
@@ -117,14 +108,38 @@ def open_batches(run, position):
     batches = packed_batches(
         stream,
         processor,
-        build.make_budget(run),
+        build.make_budgets(run),
         run.train.rows,
         pool=run.data.pool,
-        patch_dim=run.model.vision.patch_dim,
+        patch_dim=run.model.patch_dim,
         normalisation=run.data.normalisation,
         position=position,
     )
     return prefetch(batches)
+
+
+def compile_steps(run, program, mesh, say):
+    """Returns the compiled train step of each bucket, so that no later step has to compile."""
+    compiled = []
+    for budget in build.make_budgets(run):
+        began = time.monotonic()
+        lowered = program.step.lower(program.state, batch_shapes(run, budget, mesh))
+        compiled.append(lowered.compile())
+        say(
+            f"compiled the step for rows of {budget.tokens} tokens and {budget.patches} patches in "
+            f"{time.monotonic() - began:.1f} s"
+        )
+    return compiled
+
+
+def fill(window, budgets):
+    """Returns {name: share of token or patch slots in use, None without slots} of some steps."""
+    shares = {}
+    for i, name in enumerate(("token_fill", "patch_fill")):
+        slots = sum(budgets[bucket][i] for bucket, _ in window)
+        used = sum(getattr(stats, name) * budgets[bucket][i] for bucket, stats in window)
+        shares[name] = used / slots if slots else None
+    return shares
 
 
 def throughput(run, window, seconds, trained):
@@ -132,64 +147,71 @@ def throughput(run, window, seconds, trained):
 
     Args:
       run: a `build.Run`.
-      window: the `data.pack.Stats` of these steps.
+      window: (bucket, `data.pack.Stats`) of these steps.
       seconds: they took.
       trained: set of trained modules.
     """
-    total = {f.name: sum(getattr(s, f.name) for s in window) for f in dataclasses.fields(window[0])}
-    work = sum(sum(flops.train_flops(run.model, s, trained).values()) for s in window)
+    budgets, stats, by_bucket = build.make_budgets(run), [s for _, s in window], {}
+    for bucket in sorted({bucket for bucket, _ in window}) if len(budgets) > 1 else ():
+        part = [step for step in window if step[0] == bucket]
+        values = {"steps": len(part)} | fill(part, budgets)
+        by_bucket |= {f"bucket{bucket}/{name}": value for name, value in values.items()}
+    total = {f.name: sum(getattr(s, f.name) for s in stats) for f in dataclasses.fields(stats[0])}
+    work = sum(sum(flops.train_flops(run.model, s, trained).values()) for s in stats)
     return {
         "samples_per_second": total["samples"] / seconds,
         "tokens_per_second": total["tokens"] / seconds,
         "patches_per_second": total["patches"] / seconds,
         "supervised_tokens": total["supervised"] / len(window),
-        "token_fill": total["token_fill"] / len(window),
-        "patch_fill": total["patch_fill"] / len(window),
+        **fill(window, budgets),
+        **by_bucket,
         "visual_kept": total["visual"] / max(total["visual_before_pruning"], 1),
         "tflops_per_second": work / seconds / 1e12,
         "mfu": flops.mfu(work, seconds),
     }
 
 
-def train(config, workdir, tensorboard=False):
-    """Trains one stage in `workdir`, resuming what is there; returns its summary."""
+def train(config, workdir, tensorboard=False, profile=None):
+    """Trains one stage in `workdir`, resuming what is there; returns its summary.
+
+    Args:
+      config: a ConfigDict.
+      workdir: folder of the run.
+      tensorboard: also write TensorBoard events.
+      profile: (first, last) step to trace into `workdir/profile`, or None.
+    """
     run, workdir = build.resolve(config), Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(config.to_json_best_effort(indent=1))
-    stop = []  # preemption: save, then leave
-    previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+    if jax.process_index() == 0:
+        (workdir / "config.json").write_text(config.to_json_best_effort(indent=1))
     mesh = sharding.make_mesh(**run.mesh)
 
-    with jax.set_mesh(mesh):
-        graphdef, shapes, axes = build.abstract(run.model)
-        lrs = resolve_lr(run.lr, shapes)
-        peaks = {path: lr for path, lr in lrs.items() if lr is not None}
-        trained = {path.split("/")[0] for path in peaks}
-        optimizer = make_optimizer(run.optim, peaks, run.train.steps)
-        objective = choose(OBJECTIVES, run.objective, "objective")
-        state, position = make_state(run, shapes, axes, lrs, optimizer, mesh, workdir)
-        step_fn = make_train_step(graphdef, objective, optimizer, run.train.accumulate)
-        placed = jax.tree.map(lambda x: x.sharding, state)
-        train_step = jax.jit(step_fn, donate_argnums=0, out_shardings=(placed, None))
+    with jax.set_mesh(mesh), preemption() as preempted:
+        program = make_program(run, mesh)
+        state, position = make_state(run, program, workdir)
         factor = schedule(run.optim, run.train.steps)
 
         start, batches = int(state.step), open_batches(run, position)
-        window, waited, pending, losses = [], 0.0, None, {}
-        began = last = time.monotonic()
+        steps = traced(range(start + 1, run.train.steps + 1), profile, workdir / "profile")
+        train_steps, window, waited, pending, losses = [], [], 0.0, None, {}
+        began = time.monotonic()
         with (
             metrics.Writer(workdir, run.train.steps, start, tensorboard) as writer,
             checkpoint.Saver(workdir, run.train.keep) as saver,
         ):
-            for step in range(start + 1, run.train.steps + 1):
+            if start < run.train.steps:
+                train_steps = compile_steps(run, program, mesh, writer.say)
+            last = time.monotonic()
+            for step in steps:
                 before = time.monotonic()
                 packed = next(batches)
                 waited += time.monotonic() - before
                 batch = jax.tree.map(partial(sharding.place_rows, mesh), packed.batch)
-                state, values = train_step(state, batch)
+                state, values = train_steps[packed.bucket](state, batch)
 
                 # The step before is looked at while this one runs: the device never waits for the
                 # host, except where something is written.
-                stopped = bool(stop)
+                stopped = preempted(step)
                 last_step = step == run.train.steps or stopped
                 log = step % run.train.log_every == 0 or step == start + 1 or last_step
                 save = step % run.train.save_every == 0 or last_step
@@ -198,7 +220,7 @@ def train(config, workdir, tensorboard=False):
                     check_finite(done, done_values, ids)
                     losses[done] = float(done_values["loss"])
                 pending = (step, values, packed.ids)
-                window.append(packed.stats)
+                window.append((packed.bucket, packed.stats))
 
                 if log:
                     now = time.monotonic()
@@ -208,7 +230,7 @@ def train(config, workdir, tensorboard=False):
                     )
                     line["lr_factor"] = float(factor(step - 1))
                     line["data_wait"] = waited / (now - last)
-                    writer.write(step, throughput(run, window, now - last, trained) | line)
+                    writer.write(step, throughput(run, window, now - last, program.trained) | line)
                     window, waited, last = [], 0.0, now
                 if save:
                     meta = {"position": packed.position, "stage": run.stage}
@@ -217,9 +239,8 @@ def train(config, workdir, tensorboard=False):
                     writer.say(f"SIGTERM: step {step} is saved, the same command resumes it")
                     break
         batches.close()
-        signal.signal(signal.SIGTERM, previous)
         seconds = time.monotonic() - began
-        return summarise(run, workdir, int(state.step), train_step._cache_size(), losses, seconds)
+        return summarise(run, workdir, int(state.step), len(train_steps), losses, seconds)
 
 
 def summarise(run, workdir, step, compiles, losses, seconds):

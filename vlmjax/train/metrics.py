@@ -1,6 +1,7 @@
 """Where numbers go: a progress bar or lines, JSONL, TensorBoard on request, a loss curve."""
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -90,7 +91,7 @@ def plot_curve(workdir, title):
     top.set(ylabel="loss", title=title)
     top.grid(alpha=0.3)
     for name, label in (("token_fill", "tokens"), ("patch_fill", "patches")):
-        bottom.plot(steps, [m[name] for m in rows], label=label)
+        bottom.plot(steps, [m.get(name, math.nan) for m in rows], label=label)
     bottom.set(xlabel="step", ylabel="fill", ylim=(0, 1.02))
     bottom.legend(loc="lower right")
     bottom.grid(alpha=0.3)

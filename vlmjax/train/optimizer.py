@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from vlmjax.train.moments import STORAGE, store_moments
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
@@ -23,7 +25,7 @@ class OptimConfig:
       clip_at: its threshold.
       schedule: a key of `SCHEDULES`, from 1 to 0 over the steps after warm-up.
       warmup: share of the steps with a linear rise from 0.
-      moment_dtype: of Adam's first moment; None = that of the parameter.
+      moment_dtype: storage of the moments, a key of `moments.STORAGE`; all arithmetic is in f32.
     """
 
     name: str = "adamw"
@@ -35,7 +37,7 @@ class OptimConfig:
     clip_at: float = 1.0
     schedule: str = "cosine"
     warmup: float = 0.03
-    moment_dtype: str | None = None
+    moment_dtype: str = "float32"
 
 
 CLIPS = {
@@ -50,8 +52,8 @@ SCHEDULES = {
     "constant": jnp.ones_like,
 }
 OPTIMIZERS = {
-    "adamw": lambda c: optax.scale_by_adam(c.b1, c.b2, c.eps, mu_dtype=c.moment_dtype),
-    "lion": lambda c: optax.scale_by_lion(c.b1, c.b2, mu_dtype=c.moment_dtype),
+    "adamw": lambda c: optax.scale_by_adam(c.b1, c.b2, c.eps),
+    "lion": lambda c: optax.scale_by_lion(c.b1, c.b2),
     "sgd": lambda c: optax.trace(c.b1) if c.b1 else optax.identity(),
 }
 
@@ -130,9 +132,11 @@ def make_optimizer(cfg, lrs, num_steps):
     def scale(updates, state, params=None):
         return {path: -lrs[path] * u for path, u in updates.items()}, state
 
+    encode = choose(STORAGE, cfg.moment_dtype, "optim.moment_dtype")
+    inner = choose(OPTIMIZERS, cfg.name, "optim.name")(cfg)
     return optax.chain(
         choose(CLIPS, cfg.clip, "optim.clip")(cfg.clip_at),
-        choose(OPTIMIZERS, cfg.name, "optim.name")(cfg),
+        store_moments(inner, encode) if encode else inner,
         optax.add_decayed_weights(cfg.wd, decays) if cfg.wd else optax.identity(),
         optax.scale_by_schedule(schedule(cfg, num_steps)),
         optax.GradientTransformation(lambda params: optax.EmptyState(), scale),

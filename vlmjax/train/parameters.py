@@ -68,7 +68,9 @@ def _total(name, rows):
 def parameter_table(run):
     """Returns the rows as text, with a line for each module and a total."""
     rows = parameter_rows(run)
-    layers = {"vision/blocks": run.model.vision.layers, "llm/blocks": run.model.llm.layers}
+    layers = {"llm/blocks": run.model.llm.layers}
+    if run.model.vision is not None:
+        layers["vision/blocks"] = run.model.vision.layers
     lines = [("module", "parameters", "", "peak lr", "weights", "optimizer")]
     for module in dict.fromkeys(row.name.split("/")[0] for row in rows):
         inside = [row for row in rows if row.name.split("/")[0] == module]

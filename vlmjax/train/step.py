@@ -51,8 +51,9 @@ def make_train_step(graphdef, objective, optimizer, accumulate=1):
     def gradient(state, batch):
         if accumulate == 1:
             return jax.value_and_grad(loss_of, has_aux=True)(state.trainable, state.frozen, batch)
+        # Row r goes to micro-batch r % accumulate, so that no row leaves its device.
         micro = jax.tree.map(
-            lambda x: x.reshape(accumulate, x.shape[0] // accumulate, *x.shape[1:]), batch
+            lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
         )
 
         def one(batch):

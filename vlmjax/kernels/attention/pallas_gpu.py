@@ -8,6 +8,9 @@ whole, which are visited without a mask. Softmax is online and in base 2, as in 
 (arXiv:2307.08691); logits never leave the chip. The backward pass is one kernel of the same shape
 for dq, and one that takes a block of keys and loops over query tiles for dk and dv; nothing is
 added to memory twice, so gradients are deterministic.
+
+jax 0.12 still has the Triton backend of Pallas but calls it deprecated; `blockwise` does the same
+on any backend.
 """
 
 import functools

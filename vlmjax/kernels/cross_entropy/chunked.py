@@ -1,8 +1,10 @@
-"""Linear layer + cross-entropy over supervised tokens in chunks; other tokens never get logits.
+"""Linear layer + cross-entropy over supervised tokens, in chunks of vocabulary and of tokens.
 
-The supervised tokens are brought to the front by one stable sort; a loop whose trip count is their
-number takes a chunk at a time through the head. The backward pass makes the chunk's logits again,
-so memory is one chunk of logits.
+The supervised tokens are brought to the front by one stable sort. An outer loop takes a chunk of
+the vocabulary: where the head is spread over devices only this part of it is gathered, and its
+gradient goes back before the next one begins, so neither exists whole. An inner loop whose trip
+count is the number of supervised tokens takes a chunk of these through it, with the softmax online
+as in FlashAttention. The backward pass makes logits again: memory is one chunk of them.
 """
 
 import functools
@@ -10,91 +12,144 @@ import functools
 import jax
 import jax.numpy as jnp
 
+NEG = -1e30
 
-def _setup(hidden, targets, mask, chunk):
-    """Returns (flat hidden, flat targets, order in whole chunks, number supervised, chunks)."""
-    N = mask.size
-    flat = mask.reshape(N)
+
+def _supervised(hidden, targets, mask, chunk):
+    """Returns (hidden [n, D], targets i32[n], index of each token i32[n], count, chunks).
+
+    Supervised tokens come first; n is N in whole chunks. The index of the others is N, out of
+    range: dropped when written.
+    """
+    N, flat = mask.size, mask.reshape(-1)
     count = flat.sum(dtype=jnp.int32)
     order = jnp.argsort(~flat, stable=True).astype(jnp.int32)
-    order = jnp.pad(
-        order, (0, -N % chunk), constant_values=N
-    )  # N is out of range: dropped when written
-    return hidden.reshape(N, -1), targets.reshape(N), order, count, -(-count // chunk)
+    index = jnp.where(jnp.arange(N) < count, order, N)
+    index = jnp.pad(index, (0, -N % chunk), constant_values=N)
+    rows = jnp.take(hidden.reshape(N, -1), index, axis=0, mode="clip")
+    return rows, jnp.take(targets.reshape(-1), index, mode="clip"), index, -(-count // chunk)
 
 
-def _chunk_logits(c, order, count, hidden, head, targets, chunk):
-    """Returns (indices, out of range if unsupervised; hidden rows; f32 logits; targets)."""
-    index = jax.lax.dynamic_slice_in_dim(order, c * chunk, chunk)
-    index = jnp.where(c * chunk + jnp.arange(chunk) < count, index, hidden.shape[0])
-    rows = jnp.take(hidden, index, axis=0, mode="clip")
-    logits = jnp.einsum(
-        "cd,dv->cv", rows, head.astype(rows.dtype), preferred_element_type=jnp.float32
-    )
-    return index, rows, logits, jnp.take(targets, index, mode="clip")
+def _columns(head, number, size, dtype, axis):
+    """Returns (first column, chunk [D, size] of the head in dtype, gathered; columns it repeats).
+
+    The last chunk ends with the head and repeats columns of the one before.
+    """
+    start = jnp.minimum(number * size, head.shape[1] - size)
+    part = jax.lax.dynamic_slice_in_dim(head, start, size, axis=1).astype(dtype)
+    if axis is not None:
+        part = jax.lax.all_gather(part, axis, tiled=True)
+    return start, part, number * size - start
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def token_nll(hidden, head, targets, mask, chunk):
+def _logits(rows, part, repeated):
+    """Returns f32[chunk, size]; repeated columns count nothing."""
+    logits = jnp.einsum("cd,dv->cv", rows, part, preferred_element_type=jnp.float32)
+    return jnp.where(jnp.arange(part.shape[1]) >= repeated, logits, NEG)
+
+
+def _at(x, c, chunk):
+    return jax.lax.dynamic_slice_in_dim(x, c * chunk, chunk)
+
+
+def _put(x, c, value):
+    return jax.lax.dynamic_update_slice_in_dim(x, value, c * len(value), 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def token_nll(hidden, head, targets, mask, chunk, columns, axis):
     """Returns f32[B, T], the same function as `ref.token_nll`.
 
     Args:
       hidden, head, targets, mask: as in `ref.token_nll`.
       chunk: tokens whose logits exist at a time (static).
+      columns: of the vocabulary that exist at a time (static).
+      axis: mesh axis over which D of the head is spread, or None for a whole head.
     """
-    nll, _ = _forward(hidden, head, targets, mask, chunk)
-    return nll
+    return _forward(hidden, head, targets, mask, chunk, columns, axis)[0]
 
 
-def _forward(hidden, head, targets, mask, chunk):
-    flat, flat_targets, order, count, num = _setup(hidden, targets, mask, chunk)
+def _forward(hidden, head, targets, mask, chunk, columns, axis):
+    rows, goals, index, num = _supervised(hidden, targets, mask, chunk)
+    size = min(columns, head.shape[1])
 
-    def body(c, carry):
-        nll, lse = carry
-        index, _, logits, t = _chunk_logits(c, order, count, flat, head, flat_targets, chunk)
-        z = jax.nn.logsumexp(logits, axis=-1)
-        picked = jnp.take_along_axis(logits, t[:, None], axis=-1)[:, 0]
-        return nll.at[index].set(z - picked, mode="drop"), lse.at[index].set(z, mode="drop")
+    def vocabulary(carry, number):
+        start, part, repeated = _columns(head, number, size, rows.dtype, axis)
 
-    zeros = jnp.zeros(mask.size, jnp.float32)
-    nll, lse = jax.lax.fori_loop(0, num, body, (zeros, zeros))
+        def tokens(c, carry):
+            top, total, picked = carry
+            logits = _logits(_at(rows, c, chunk), part, repeated)
+            old, goal = _at(top, c, chunk), _at(goals, c, chunk)
+            new = jnp.maximum(old, logits.max(-1))
+            sums = _at(total, c, chunk) * jnp.exp(old - new)
+            sums += jnp.exp(logits - new[:, None]).sum(-1)
+            here = jnp.arange(size) == (goal - start)[:, None]
+            here &= (goal >= start + repeated)[:, None]
+            goal_logit = _at(picked, c, chunk) + jnp.where(here, logits, 0).sum(-1)
+            return _put(top, c, new), _put(total, c, sums), _put(picked, c, goal_logit)
+
+        return jax.lax.fori_loop(0, num, tokens, carry), None
+
+    zeros = jnp.zeros(len(rows), jnp.float32)
+    carry = zeros + NEG, zeros, zeros
+    numbers = jnp.arange(-(-head.shape[1] // size))
+    top, total, picked = jax.lax.scan(vocabulary, carry, numbers)[0]
+    lse = top + jnp.log(jnp.maximum(total, 1e-30))
+    nll = jnp.zeros(mask.size, jnp.float32).at[index].set(lse - picked, mode="drop")
     return nll.reshape(mask.shape), lse
 
 
-def _forward_rule(hidden, head, targets, mask, chunk):
+def _forward_rule(hidden, head, targets, mask, chunk, columns, axis):
     values = tuple(x.value for x in (hidden, head, targets, mask))
-    nll, lse = _forward(*values, chunk)
+    nll, lse = _forward(*values, chunk, columns, axis)
     # A frozen head gets no gradient: its marker is None, which is static in the residuals.
     return nll, (*values, lse, jnp.zeros(()) if head.perturbed else None)
 
 
-def _backward_rule(chunk, residuals, g):
+def _backward_rule(chunk, columns, axis, residuals, g):
     hidden, head, targets, mask, lse, train_head = residuals
-    flat, flat_targets, order, count, num = _setup(hidden, targets, mask, chunk)
+    rows, goals, index, num = _supervised(hidden, targets, mask, chunk)
+    size = min(columns, head.shape[1])
     g = jnp.zeros(mask.size, jnp.float32) if type(g).__name__ == "SymbolicZero" else g.reshape(-1)
+    g = jnp.take(g, index, mode="fill", fill_value=0)
 
-    def body(c, carry):
-        d_hidden, d_head = carry
-        index, rows, logits, t = _chunk_logits(c, order, count, flat, head, flat_targets, chunk)
-        z = jnp.take(lse, index, mode="clip")[:, None]
-        d = jnp.exp(logits - z) - jax.nn.one_hot(t, logits.shape[-1], dtype=jnp.float32)
-        d = d * jnp.take(g, index, mode="fill", fill_value=0)[:, None]
-        d_rows = jnp.einsum("cv,dv->cd", d.astype(rows.dtype), head.astype(rows.dtype))
-        d_hidden = d_hidden.at[index].set(d_rows, mode="drop")
-        if d_head is not None:
-            d_head += jnp.einsum(
-                "cd,cv->dv", rows, d.astype(rows.dtype), preferred_element_type=jnp.float32
+    def vocabulary(carry, number):
+        d_rows, d_head = carry
+        start, part, repeated = _columns(head, number, size, rows.dtype, axis)
+
+        def tokens(c, carry):
+            d_rows, d_part = carry
+            mine = _at(rows, c, chunk)
+            d = jnp.exp(_logits(mine, part, repeated) - _at(lse, c, chunk)[:, None])
+            here = jnp.arange(size) == (_at(goals, c, chunk) - start)[:, None]
+            here &= (jnp.arange(size) >= repeated)[None]
+            d = ((d - here) * _at(g, c, chunk)[:, None]).astype(rows.dtype)
+            f32 = dict(preferred_element_type=jnp.float32)
+            d_rows = _put(
+                d_rows, c, _at(d_rows, c, chunk) + jnp.einsum("cv,dv->cd", d, part, **f32)
             )
-        return d_hidden, d_head
+            if d_part is not None:
+                d_part += jnp.einsum("cd,cv->dv", mine, d, **f32)
+            return d_rows, d_part
+
+        d_part = None if d_head is None else jnp.zeros(part.shape, jnp.float32)
+        d_rows, d_part = jax.lax.fori_loop(0, num, tokens, (d_rows, d_part))
+        if d_head is not None:
+            if axis is not None:
+                d_part = jax.lax.psum_scatter(d_part, axis, tiled=True)
+            old = jax.lax.dynamic_slice_in_dim(d_head, start, size, axis=1)
+            d_part = jnp.where(jnp.arange(size) >= repeated, d_part, old)
+            d_head = jax.lax.dynamic_update_slice_in_dim(d_head, d_part, start, axis=1)
+        return (d_rows, d_head), None
 
     d_head = None if train_head is None else jnp.zeros(head.shape, jnp.float32)
-    d_hidden, d_head = jax.lax.fori_loop(0, num, body, (jnp.zeros_like(flat), d_head))
-    return (
-        d_hidden.reshape(hidden.shape),
-        None if d_head is None else d_head.astype(head.dtype),
-        None,
-        None,
-    )
+    carry = jnp.zeros(rows.shape, jnp.float32), d_head
+    numbers = jnp.arange(-(-head.shape[1] // size))
+    (d_rows, d_head), _ = jax.lax.scan(vocabulary, carry, numbers)
+    d_hidden = jnp.zeros((mask.size, rows.shape[1]), hidden.dtype)
+    d_hidden = d_hidden.at[index].set(d_rows.astype(hidden.dtype), mode="drop")
+    d_head = None if d_head is None else d_head.astype(head.dtype)
+    return d_hidden.reshape(hidden.shape), d_head, None, None
 
 
 token_nll.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)

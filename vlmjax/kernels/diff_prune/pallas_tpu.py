@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-PATCHES = 128  # of a block: lanes of the output
+FRAMES, PATCHES = 32, 128  # of a block; patches are lanes of the output
 SUBLANES = 8
-BLOCK_BYTES = 2_700_000  # two blocks and the carried frame are well below the 16 MiB of a kernel
+VMEM_BYTES = 48 * 2**20  # room for two blocks of patches of 32 x 32 pixels
 INTERPRET = False
 
 
@@ -40,9 +40,7 @@ def patch_sums(frames, previous=None):
       previous: u8[P, D], or None.
     """
     F, P, D = frames.shape
-    patches = min(P, PATCHES)
-    most = BLOCK_BYTES // (PATCHES * pl.cdiv(D, 128) * 128 * SUBLANES) * SUBLANES
-    count = min(F, max(most, SUBLANES))
+    count, patches = min(F, FRAMES), min(P, PATCHES)
     return pl.pallas_call(
         _kernel,
         name="diff_prune",
@@ -54,7 +52,9 @@ def patch_sums(frames, previous=None):
         out_specs=pl.BlockSpec((count, patches), lambda i, t: (t, i)),
         out_shape=jax.ShapeDtypeStruct((F, P), jnp.int32),
         scratch_shapes=[pltpu.VMEM((patches, D), jnp.float32)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+        ),
         cost_estimate=pl.CostEstimate(
             flops=3 * F * P * D, bytes_accessed=(F + 1) * P * D + 4 * F * P, transcendentals=0
         ),

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# GPUs under SLURM: one process for each GPU, which find each other by SLURM's variables.
+#
+#   sbatch --nodes=4 launch/slurm.sh --config configs/videollama3.py:stage=1 --workdir runs/vl3_2b/stage1
+#
+# Submit it in the repository, where .venv holds `pip install -e . "jax[cuda13]"`, on a file system that all nodes share.
+# No XLA flags are set: XLA_FLAGS of the environment are passed on.
+#SBATCH --job-name=vlmjax
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --signal=TERM@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+# SIGTERM five minutes before the time limit: the run saves and leaves; started again, it resumes.
+set -euo pipefail
+exec srun --kill-on-bad-exit=1 .venv/bin/python -m vlmjax.main train "$@"

@@ -1,0 +1,213 @@
+"""Simulated cycles of the TPU attention kernels, with no TPU: libtpu's own cycle simulator.
+
+    python tests/benchmarks/attention_cycles.py                    our kernels, JSON lines
+    python tests/benchmarks/attention_cycles.py --rivals           and splash attention
+    python tests/benchmarks/attention_cycles.py --table            all blocks
+
+Rows of 16,384 slots in bfloat16: `vision` is 64 frames of 256 patches, 16 heads of 72, one layer;
+`decoder` 16 samples of 1,024 tokens, causal, 12 query and 2 key-value heads of 128, `decoder_7b` 28
+and 4. The simulator reads run-time scalars as 0, so a list of block pairs made on the device would
+look empty: here the same kernels get the list as a closed form of the position in it, and
+`at_peak` (matrix FLOPs of the listed pairs at peak rate, over the simulated time) shows that it was
+not. Splash is simulated on the whole square, which needs no list, and counted for the block pairs
+its causal mask leaves.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SLOTS = 16384
+# name: (heads, kv heads, head size, causal, segment)
+CASES = {
+    "vision": (16, 16, 72, False, 256),
+    "decoder": (12, 2, 128, True, 1024),
+    "decoder_7b": (28, 4, 128, True, 1024),
+}
+# chip: (topology, clock in Hz, peak in FLOP/s)
+CHIPS = {
+    "v5e": ("v5e:2x2", 1.5e9, 197e12),
+    "v5p": ("v5p:2x2x1", 1.75e9, 459e12),
+    "v6e": ("v6e:2x2", 1.75e9, 918e12),
+}
+BEST = {"vision": 256, "decoder": 512, "decoder_7b": 512}
+BLOCKS = {"vision": (128, 256, 512), "decoder": (256, 512, 1024), "decoder_7b": (256, 512, 1024)}
+KERNELS = {
+    "forward": "segment_attention_forward.1",
+    "backward": "segment_attention_backward.1",
+    "splash": "splash_mqa_fwd_segmented_no_residuals.1",
+}
+
+
+def listing(segment, block, causal, by_key):
+    """Returns (function position -> entry, length) of the list for equal segments."""
+    import jax.numpy as jnp
+
+    from vlmjax.kernels.attention import pallas_tpu as kernel
+
+    r = max(segment // block, 1)
+    pairs = [
+        (a, b) for a in range(r) for b in range(r) if not causal or (a <= b if by_key else a >= b)
+    ]
+    entries = []
+    for k, (outer, inner) in enumerate(pairs):
+        query, key = (inner, outer) if by_key else (outer, inner)
+        flags = kernel.WORK
+        flags |= kernel.FIRST * (k == 0 or pairs[k - 1][0] != outer)
+        flags |= kernel.LAST * (k + 1 == len(pairs) or pairs[k + 1][0] != outer)
+        flags |= kernel.NEW * all(inner != b for _, b in pairs[:k])
+        entries.append(query + (key << kernel.BITS) + flags)
+
+    def entry(p):
+        within = p % len(pairs)
+        chosen = sum(jnp.where(within == k, e, 0) for k, e in enumerate(entries))
+        if len(pairs) == 1:
+            chosen = entries[0]
+        return jnp.int32(chosen + p // len(pairs) * r * ((1 << kernel.BITS) + 1))
+
+    return entry, SLOTS // max(segment, block) * len(pairs)
+
+
+def ours(case, block, direction, cores):
+    """Returns (function to compile, the shapes of its arguments)."""
+    import jax
+    import jax.numpy as jnp
+
+    from vlmjax.kernels.attention import pallas_tpu as kernel
+    from vlmjax.kernels.attention.api import AttentionSpec
+
+    heads, kv_heads, size, causal, segment = CASES[case]
+    entry, length = listing(segment, block, causal, direction == "backward")
+    work = kernel.Work(entry, tuple(length * c // cores for c in range(cores + 1)))
+    spec = AttentionSpec("pallas_tpu", block, segment)
+
+    def run(q, k, v, g, segments):
+        met = jnp.ones((1, cores, SLOTS // block), bool)
+        plan = kernel.Plan(segments, segments, jnp.zeros(1, jnp.int32), work, work, met)
+        if direction == "forward":
+            return kernel._forward(q, k, v, plan, spec, causal)[0]
+        lse = jnp.zeros((kv_heads // kernel._heads(heads, kv_heads, size)[1], heads, SLOTS))
+        lse = lse[:, : kernel._heads(heads, kv_heads, size)[0]]
+        return kernel._backward(spec, causal, (q, k, v, plan, g.reshape(SLOTS, -1), lse), g)[:3]
+
+    wide, narrow = ((1, SLOTS, n, size) for n in (heads, kv_heads))
+    arguments = [(x, jnp.bfloat16) for x in (wide, narrow, narrow, wide)]
+    return run, [
+        *(jax.ShapeDtypeStruct(*x) for x in arguments),
+        jax.ShapeDtypeStruct((1, SLOTS), jnp.int32),
+    ]
+
+
+def splash(case, block):
+    """Returns the same of jax's splash attention, forward, on the whole square."""
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        BlockSizes,
+        FullMask,
+        MultiHeadMask,
+        SegmentIds,
+        make_splash_mqa_single_device,
+    )
+
+    heads, kv_heads, size, _, _ = CASES[case]
+    group = heads // kv_heads
+    sizes = BlockSizes(block_q=block, block_kv=block, block_kv_compute=min(block, 512))
+    mask = MultiHeadMask([FullMask((SLOTS, SLOTS))] * group)
+    kernel = make_splash_mqa_single_device(mask, block_sizes=sizes)
+
+    def run(q, k, v, segments):
+        return jax.vmap(kernel, in_axes=(0, 0, 0, None))(q, k, v, SegmentIds(segments, segments))
+
+    q = jax.ShapeDtypeStruct((kv_heads, group, SLOTS, size), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((kv_heads, SLOTS, size), jnp.bfloat16)
+    return run, [q, k, k, jax.ShapeDtypeStruct((SLOTS,), jnp.int32)]
+
+
+def compile_one(chip, case, block, direction):
+    """Compiles one kernel, in a process that libtpu was told to simulate it in."""
+    import jax
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+    device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip][0]).devices[0]
+    mesh = Mesh(np.array([device]), ("x",), axis_types=(AxisType.Auto,))
+    if direction == "splash":
+        run, shapes = splash(case, block)
+    else:
+        run, shapes = ours(case, block, direction, device.num_cores)
+    with jax.set_mesh(mesh):
+        where = NamedSharding(mesh, PartitionSpec())
+        jax.jit(run, in_shardings=where).lower(*shapes).compile()
+
+
+def simulate(chip, case, block, direction):
+    """Returns simulated cycles of one kernel, found in what libtpu leaves behind."""
+    kernel = KERNELS[direction]
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "TPU_SKIP_MDS_QUERY": "1",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_static_llo_profile_to={folder} "
+            f"--xla_jf_dump_only_matching_hlo={kernel}",
+        }
+        command = [sys.executable, __file__, "--one", chip, case, str(block), direction]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        # The program around a kernel may not fit where the kernel does: only its profile counts.
+        for file in Path(folder).iterdir():
+            if "static_llo_profile" in file.name:
+                return int(re.search(r"estimated_cycles: (\d+)", file.read_text())[1])
+    raise RuntimeError(f"no profile of {chip} {case} {block} {direction}:\n{done.stderr[-3000:]}")
+
+
+def report(chip, case, block, direction):
+    """Returns the JSON line of one kernel."""
+    heads, _, size, causal, segment = CASES[case]
+    _, clock, peak = CHIPS[chip]
+    cycles = simulate(chip, case, block, direction)
+    if direction == "splash":  # the block pairs that a causal mask leaves of the square
+        n = SLOTS // block
+        cycles = cycles * (n + 1) // (2 * n) if causal else cycles
+        pairs, products = n * (n + 1) // 2 if causal else n * n, 2
+    else:
+        pairs, products = (
+            listing(segment, block, causal, False)[1],
+            2 if direction == "forward" else 5,
+        )
+    peak_seconds = pairs * block**2 * heads * size * 2 * products / peak
+    line = dict(chip=chip, case=case, block=block, kernel=direction, cycles=cycles)
+    return line | dict(
+        ms=round(cycles / clock * 1e3, 3), at_peak=round(peak_seconds * clock / cycles, 3)
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--chips", nargs="*", default=list(CHIPS))
+    parser.add_argument("--cases", nargs="*", default=list(CASES))
+    parser.add_argument("--rivals", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--one", nargs=4)
+    args = parser.parse_args()
+    if args.one:
+        chip, case, block, direction = args.one
+        return compile_one(chip, case, int(block), direction)
+    for chip in args.chips:
+        for case in args.cases:
+            for block in BLOCKS[case] if args.table else (BEST[case],):
+                for direction in ("forward", "backward"):
+                    print(json.dumps(report(chip, case, block, direction)), flush=True)
+            if args.rivals and case != "vision":
+                print(json.dumps(report(chip, case, 1024, "splash")), flush=True)
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Launch scripts, with commands of the same name in place of gcloud, git and srun."""
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).parents[1] / "launch"
+TRAIN = ["--config", "configs/x.py:stage=1", "--config.data.sources=(('json:my file.json', 1.0),)"]
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Runs a script; returns the commands it gave, as lists of words."""
+    (tmp_path / "bin").mkdir()
+    for name in ("gcloud", "git", "srun"):
+        file = tmp_path / "bin" / name
+        file.write_text(f"#!/bin/bash\nprintf '%s\\0' {name} \"$@\" $'\\1' >> {tmp_path}/log\n")
+        file.chmod(0o755)
+
+    def run(script, *args):
+        env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+        subprocess.run(["bash", LAUNCH / script, *args], env=env, check=True, cwd=tmp_path)
+        return [c.split("\0")[:-1] for c in (tmp_path / "log").read_text().split("\1\0")[:-1]]
+
+    return run
+
+
+def test_tpu_vm(launch):
+    """Copies the commit and trains on all hosts, with the flags of the chip; words stay words."""
+    archive, copy, run = launch("tpu_vm.sh", "my-slice", "zone-a", "v5e", *TRAIN)
+    assert archive[:3] == ["git", "archive", "--format=tar.gz"]
+    assert copy[-5:] == [archive[4], "my-slice:vlmjax.tgz", "--zone", "zone-a", "--worker=all"]
+    assert run[1:-1] == [*copy[1:4], "ssh", "my-slice", *copy[-3:], "--command"]
+    *before, last = run[-1].splitlines()
+    assert shlex.split(last)[3:] == ["train", "--distributed", *TRAIN]
+    flags = "$(.venv/bin/python -m vlmjax.aot.flags v5e)"
+    assert before[-1] == f'export LIBTPU_INIT_ARGS="{flags}"'
+    assert not subprocess.run(["bash", "-n", "-c", run[-1]]).returncode
+
+
+def test_slurm(launch):
+    (command,) = launch("slurm.sh", *TRAIN)
+    python = [".venv/bin/python", "-m", "vlmjax.main", "train"]
+    assert command == ["srun", "--kill-on-bad-exit=1", *python, *TRAIN]

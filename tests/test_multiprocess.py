@@ -1,0 +1,125 @@
+"""Real processes on one machine, joined by jax.distributed; CPU collectives go through gloo."""
+
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from tiny import tiny_config
+
+from vlmjax import checkpoint
+from vlmjax.train import cluster, metrics
+
+CODE = """
+import pickle, sys
+from pathlib import Path
+import jax
+from vlmjax.train import cluster, loop
+cluster.join()
+folder = Path(sys.argv[1])
+assert (jax.process_count(), len(jax.devices())) == (int(sys.argv[2]), 2)
+for name, config in pickle.loads((folder / "configs").read_bytes()).items():
+    loop.train(config, folder / name)
+"""
+
+
+def start(folder, num):
+    """Starts `num` processes with two devices together."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+        "JAX_NUM_CPU_DEVICES": str(2 // num),
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(num),
+    }
+    command, processes = [sys.executable, "-c", CODE, str(folder), str(num)], []
+    for i in range(num):
+        here = env | {"JAX_PROCESS_ID": str(i)}
+        with open(folder / f"log{i}", "w") as log:
+            processes.append(subprocess.Popen(command, env=here, stdout=log, stderr=log))
+    return processes
+
+
+def finish(folder, processes):
+    for i, process in enumerate(processes):
+        assert process.wait(timeout=300) == 0, (folder / f"log{i}").read_text()[-3000:]
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path):
+    """Weights sharded over both; then a stage that starts from these, one copy in each."""
+    saved = []
+    for num in (1, 2):
+        folder = tmp_path / str(num)
+        folder.mkdir()
+        stage = dict(train__steps=3, train__log_every=1)
+        configs = {
+            "one": tiny_config(folder, **stage, mesh=dict(data=1, fsdp=2)),
+            "two": tiny_config(folder, **stage, mesh=dict(data=2), init=str(folder / "one")),
+        }
+        (folder / "configs").write_bytes(pickle.dumps(configs))
+        finish(folder, start(folder, num))
+        losses = [m["loss"] for name in configs for m in metrics.read(folder / name)]
+        saved.append((losses, checkpoint.restore_params(folder / "two")[0]))
+    (one, whole), (two, cut) = saved
+    assert len(one) == 6
+    np.testing.assert_allclose(one, two, rtol=1e-6)
+    for path, x in whole.items():
+        np.testing.assert_allclose(x, cut[path], atol=1e-6, err_msg=path)
+
+
+@pytest.mark.slow
+def test_a_sigterm_to_one_process_stops_both_at_the_same_step(tmp_path):
+    config = tiny_config(tmp_path, train__steps=40000, train__log_every=1, mesh=dict(data=2))
+    (tmp_path / "configs").write_bytes(pickle.dumps({"run": config}))
+    processes = start(tmp_path, 2)
+    until = time.monotonic() + 200
+    while not checkpoint.steps(tmp_path / "run"):
+        assert all(p.poll() is None for p in processes) and time.monotonic() < until
+        time.sleep(0.1)
+    processes[1].send_signal(signal.SIGTERM)
+    finish(tmp_path, processes)
+    saved = checkpoint.steps(tmp_path / "run")[-1]
+    checkpoint.verify(tmp_path / "run" / "checkpoints" / str(saved))
+    assert saved == metrics.read(tmp_path / "run")[-1]["step"] < 40000
+
+
+EXPLICIT = dict(JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="1", JAX_COORDINATOR_ADDRESS="10.0.0.1:1234")
+
+
+@pytest.mark.parametrize(
+    ("env", "always", "calls"),
+    [
+        ({}, False, []),
+        ({}, True, [()]),
+        (EXPLICIT, False, [("10.0.0.1:1234", 2, 1)]),
+        (dict(SLURM_JOB_ID="7", SLURM_NTASKS="2"), False, []),  # inside salloc, without srun
+        (dict(SLURM_STEP_NUM_TASKS="1"), False, []),
+        (dict(SLURM_STEP_NUM_TASKS="2"), False, [()]),
+        (dict(OMPI_COMM_WORLD_SIZE="2"), False, [()]),
+        (dict(TPU_WORKER_HOSTNAMES="localhost"), False, []),
+        (dict(TPU_WORKER_HOSTNAMES="a,b"), False, [()]),
+        (dict(TPU_WORKER_HOSTNAMES="a", MEGASCALE_NUM_SLICES="2"), False, [()]),
+    ],
+)
+def test_a_cluster_is_recognised(env, always, calls, monkeypatch):
+    seen = []
+    monkeypatch.setattr(os, "environ", env)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args: seen.append(args))
+    cluster.join(always)
+    assert seen == calls
+
+
+def test_half_an_address_is_refused(monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(JAX_NUM_PROCESSES="2"))
+    with pytest.raises(ValueError, match="JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID not; set all"):
+        cluster.join()

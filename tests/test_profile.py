@@ -1,0 +1,47 @@
+"""Traces: written for the steps asked for, readable, marked as steps; bad choices are refused."""
+
+import jax
+import pytest
+from tiny import tiny_config
+
+from vlmjax.train import loop
+from vlmjax.train.profile import parse, traced
+
+
+def read_traces(workdir):
+    files = list((workdir / "profile" / "plugins" / "profile").glob("*/*.xplane.pb"))
+    return [jax.profiler.ProfileData.from_file(str(file)) for file in files]
+
+
+@pytest.mark.slow
+def test_trace_holds_the_steps_asked_for(tmp_path):
+    config = tiny_config(tmp_path, train__steps=4, lr=(("connector/.*", 1e-3), (".*", None)))
+    loop.train(config, tmp_path / "run", profile=(2, 3))
+    (trace,) = read_traces(tmp_path / "run")
+    events = [e for plane in trace.planes for line in plane.lines for e in line.events]
+    steps = [dict(e.stats)["step_num"] for e in events if e.name == "train"]
+    assert steps == [2, 3]
+    assert any("dot" in e.name for e in events)  # what the device ran
+
+
+def test_trace_ends_with_the_run(tmp_path):
+    """Also when the loop is left inside it, as by a SIGTERM."""
+    for _ in traced(range(1, 9), (1, 5), tmp_path / "profile"):
+        break
+    assert len(read_traces(tmp_path)) == 1
+
+
+def test_no_steps_to_trace():
+    assert parse(None) is None
+    assert list(traced(range(3, 6), None, "nowhere")) == [3, 4, 5]
+
+
+@pytest.mark.parametrize("text", ["5", "3:2", "0:4", "a:b", "1:2:3", "-1:2", ""])
+def test_bad_ranges_are_refused(text):
+    with pytest.raises(ValueError, match="FIRST:LAST, e.g. --profile 10:12"):
+        parse(text)
+
+
+def test_steps_that_are_not_run_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"--profile=2:9 .* this run does the steps 4 to 6"):
+        traced(range(4, 7), parse("2:9"), tmp_path)

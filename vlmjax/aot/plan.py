@@ -1,0 +1,78 @@
+"""The plan of a run on a slice: compiled, replayed, counted."""
+
+import dataclasses
+import importlib.metadata
+import json
+import tempfile
+from importlib.resources import files
+from pathlib import Path
+
+from vlmjax import build, sharding
+from vlmjax.aot import assume, flags, hlo, report
+from vlmjax.aot.compile import compile_step
+from vlmjax.aot.replay import Machine, replay
+from vlmjax.aot.topology import Topology
+from vlmjax.train import flops
+
+
+def efficiencies(chip):
+    """Returns {kernel: share of its roofline reached in simulation} of a chip generation."""
+    return json.loads((files("vlmjax.aot") / "efficiency.json").read_text()).get(chip, {})
+
+
+def make_plan(run, name, topology, *, bucket=0, supervised=0.25, options=None, dump=None):
+    """Returns the report of a run: a dict for JSON, see the keys at the end.
+
+    Args:
+      run: a `build.Run`.
+      name: of the config, for the report.
+      topology: name of a slice, see `topology.parse`.
+      bucket: index into the budgets of the run.
+      supervised: share of the tokens that have a loss, assumed.
+      options: {XLA option: value} over those of `flags`.
+      dump: folder that keeps the compiler's text; None for a temporary one.
+    """
+    slice_ = Topology(topology)
+    mesh = sharding.make_mesh(**run.mesh, devices=slice_.devices)
+    budget = build.make_budgets(run)[bucket]
+    mix = assume.mixture(run, budget, supervised)
+    options = flags.options(slice_.kind) | (options or {})
+    rows, chips = run.train.rows, len(slice_.devices)
+    result = dict(
+        config=name,
+        topology=slice_.name,
+        chips=chips,
+        mesh=dict(mesh.shape),
+        rows=rows,
+        budget=budget._asdict(),
+        remat=run.model.compute.remat,
+        assumed=dataclasses.asdict(mix),
+        xla_options=options,
+        versions={p: importlib.metadata.version(p) for p in ("jax", "libtpu")},
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(dump or temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        compiled = compile_step(run, mesh, budget, options, folder)
+        result |= report.memory_numbers(compiled, slice_)
+        result["compile_seconds"] = compiled.seconds
+        if compiled.refusal is None:
+            machine = Machine(
+                topology=slice_,
+                mesh=mesh,
+                peak=flops.peak_flops(slice_.devices) / chips,
+                efficiency=efficiencies(slice_.kind),
+                dynamic_trips=assume.loop_trips(mix, run, budget, mesh),
+            )
+            module = hlo.parse(program_text(folder))
+            work = flops.train_flops(run.model, assume.stats(mix, rows, budget), compiled.trained)
+            timeline = replay(module, machine)
+            result |= report.time_numbers(module, timeline, compiled, machine, work)
+            tokens = rows * budget.tokens
+            result["tokens_per_second_per_chip"] = tokens / result["seconds"] / chips
+    return result | dict(formula=report.FORMULA, leaves_out=report.LEAVES_OUT)
+
+
+def program_text(folder):
+    """Returns the scheduled text of the train step from a dump."""
+    return next(folder.glob("*train_step*after_codegen.txt")).read_text()
