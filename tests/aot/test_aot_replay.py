@@ -167,7 +167,7 @@ def test_kernels_take_their_roofline_over_the_efficiency():
     )
     line = replay(program(call, call.replace(".3", ".4")), MACHINE)
     assert (line.kernel_seconds, line.op_seconds) == (20, 0)
-    line = replay(program(call), MACHINE._replace(efficiency={"attend": 0.5}))
+    line = replay(program(call), MACHINE._replace(efficiency={"vision/attend": 0.5}))
     (row,) = line.kernels.values()
     assert (row["name"], row["part"], row["direction"]) == ("attend", "vision", "backward")
     assert (row["seconds"], row["flops"], row["count"]) == (20, 100, 1)

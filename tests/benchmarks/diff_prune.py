@@ -1,12 +1,12 @@
 """DiffFP on the device: the Pallas kernel against what XLA makes of `ref`, without a TPU.
 
-python tests/benchmarks/diff_prune.py [--shape 180,576,588] [--chips v5e,v6e]
+python tests/benchmarks/diff_prune.py [--shape 90,576,588] [--chips v5e,v6e]
 
 Both are compiled for each chip by libtpu, and its cycle simulator runs the one operation that reads
-the frames (minutes each, in a process of its own because the simulator may abort it). It refuses a
-block that sticks out, so the kernel runs on patches rounded up to whole blocks: its cycles are an
-upper bound. It also refuses the two cores of a v5p. Prints JSON lines; `bytes` is what the compiler
-counts as accessed by the whole of `api.prune`, of the given shape.
+the frames, in a process of its own because the simulator may abort it (a minute or more each, and
+about 10 GB for 180 frames). It refuses a block that sticks out, so the kernel runs on patches
+rounded up to whole blocks: its cycles are an upper bound. It also refuses the two cores of a v5p.
+Prints JSON lines; `bytes` is what the compiler counts as accessed by the whole of `api.prune`.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def simulated_cycles(chip, kind, shape):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--shape", default="180,576,588", help="frames, patches, values of a patch")
+    parser.add_argument("--shape", default="90,576,588", help="frames, patches, values of a patch")
     parser.add_argument("--chips", default="v5e,v6e")
     parser.add_argument("--kind", choices=OPERATION, help=argparse.SUPPRESS)
     args = parser.parse_args()

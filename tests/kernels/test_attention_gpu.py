@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from vlmjax.kernels.attention import pallas_gpu, ref
+from vlmjax.kernels.attention.api import AttentionSpec
 from vlmjax.nn import REMAT
 
 SLOTS, BLOCK = 150, 32
@@ -61,7 +62,7 @@ def by_kernel(segments, causal, queries=slice(None), block=BLOCK):
     def attend(q, k, v):
         start = jnp.asarray(queries.start or 0)
         work = pallas_gpu.plan(segments[:, queries], segments, start, block, causal)
-        return pallas_gpu.attention(q, k, v, work, block, causal)
+        return pallas_gpu.attention(q, k, v, work, AttentionSpec("pallas_gpu", block), causal)
 
     return attend
 
@@ -169,7 +170,7 @@ def test_kernels_read_the_listed_tiles_and_no_other():
         bad = jnp.where(jnp.arange(SLOTS) // step == tile, jnp.nan, 0)[:, None, None]
 
         def attend(q, k, v):
-            return pallas_gpu.attention(q, k, v, work, BLOCK, True)
+            return pallas_gpu.attention(q, k, v, work, AttentionSpec("pallas_gpu", BLOCK), True)
 
         out, back = jax.vjp(attend, q, k, v + bad)
         dq = back(g)[0]
@@ -209,7 +210,12 @@ def test_remat_by_name_runs_the_forward_kernel_once():
 def test_lowers_for_cuda_without_a_dense_array(slots, heads, size, causal):
     def step(q, k, v, g, segments):
         work = pallas_gpu.plan(segments, segments, 0, 128, causal)
-        out, back = jax.vjp(lambda *x: pallas_gpu.attention(*x, work, 128, causal), q, k, v)
+        out, back = jax.vjp(
+            lambda *x: pallas_gpu.attention(*x, work, AttentionSpec("pallas_gpu", 128), causal),
+            q,
+            k,
+            v,
+        )
         return out, back(g)
 
     q, kv = (jax.ShapeDtypeStruct((1, slots, n, size), jnp.bfloat16) for n in heads)

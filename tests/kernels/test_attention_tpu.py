@@ -11,7 +11,7 @@ from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vlmjax.kernels.attention import api, pallas_tpu, ref
+from vlmjax.kernels.attention import api, pallas_tpu, ref, worklist
 from vlmjax.kernels.attention.api import AttentionSpec
 from vlmjax.kernels.attention.intervals import needed_pairs
 
@@ -113,23 +113,23 @@ def test_listed_pairs_are_exactly_the_needed_ones(causal, start, cores):
     for work, outer in ((plan.by_query, 0), (plan.by_key, 1)):
         parts = np.asarray(work.parts[0])
         entries = np.asarray(work.pairs).reshape(-1)[: parts[-1]]
-        blocks = np.stack([pallas_tpu._query(entries), pallas_tpu._key(entries)], 1)
-        works = entries & pallas_tpu.WORK != 0
+        blocks = np.stack([worklist.query_of(entries), worklist.key_of(entries)], 1)
+        works = entries & worklist.WORK != 0
         listed = [tuple(map(int, x)) for x in blocks[works]]
         assert set(listed) == want and len(listed) == len(want)
         own = blocks[:, outer]
         assert (np.diff(own) >= 0).all() and set(own) == set(range(B * (n, m)[outer]))
         edges = np.flatnonzero(np.diff(own, prepend=-1))
-        np.testing.assert_array_equal(np.flatnonzero(entries & pallas_tpu.FIRST), edges)
+        np.testing.assert_array_equal(np.flatnonzero(entries & worklist.FIRST), edges)
         np.testing.assert_array_equal(
-            np.flatnonzero(entries & pallas_tpu.LAST), [*(edges[1:] - 1), len(entries) - 1]
+            np.flatnonzero(entries & worklist.LAST), [*(edges[1:] - 1), len(entries) - 1]
         )
         for part, (a, b) in enumerate(zip(parts[:-1], parts[1:], strict=True)):
             assert b > a and (a in edges)  # no core is idle, none shares an output block
             seen = set()
             for entry, pair, does in zip(entries[a:b], blocks[a:b], works[a:b], strict=True):
                 inner = int(pair[1 - outer])
-                assert not does or bool(entry & pallas_tpu.NEW) == (inner not in seen)
+                assert not does or bool(entry & worklist.NEW) == (inner not in seen)
                 seen |= {inner} if does else set()
             if outer == 1:
                 met = np.flatnonzero(np.asarray(plan.met)[:, part].reshape(-1))

@@ -5,6 +5,7 @@ from collections import Counter
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
+from vlmjax.aot.replay import part_of
 from vlmjax.aot.report import mfu_text
 
 GiB = 2**30
@@ -48,9 +49,9 @@ def memory_bars(r):
 
 
 def short(name):
-    """Returns the end of a path of named scopes, with the part of the model in front."""
-    words = [w for w in name.replace("jit(train_step)/", "").split("/") if w]
-    return words[0] if len(words) < 2 else f"{words[0]} ... {words[-1]}"
+    """Returns "vision broadcast_in_dim" of a path of named scopes."""
+    part, last = part_of(name, ""), name.rsplit("/", 1)[-1]
+    return f"{part} {last}".strip()
 
 
 def draw(r, file):

@@ -16,7 +16,7 @@ from vlmjax.train import flops
 
 
 def efficiencies(chip):
-    """Returns {kernel: share of its roofline reached in simulation} of a chip generation."""
+    """Returns {"part/kernel": share of its roofline reached in simulation} of a chip."""
     return json.loads((files("vlmjax.aot") / "efficiency.json").read_text()).get(chip, {})
 
 

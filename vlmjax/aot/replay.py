@@ -30,7 +30,7 @@ class Machine(NamedTuple):
       topology: `topology.Topology`.
       mesh: the mesh, whose flat order is that of XLA's partitions.
       peak: FLOP/s of a chip.
-      efficiency: {kernel: share of its roofline that a simulation reached}.
+      efficiency: {"part/kernel": share of its roofline that a simulation reached}.
       dynamic_trips: {part: trips} of loops whose trip count is data.
     """
 
@@ -192,7 +192,9 @@ class _Clock:
         trips = hlo.trips(self.module, computation, op)
         expected = self.machine.dynamic_trips.get(part)
         counted = trips if trips is not None else expected or 1
-        seconds = self.run(op.attribute("body"), times * counted, part)
+        # The loop over micro-batches belongs to no part.
+        inside = "other" if part == "optimizer" else part
+        seconds = self.run(op.attribute("body"), times * counted, inside)
         if trips is None:
             self.total.uncounted.append(
                 dict(
@@ -277,7 +279,7 @@ class _Clock:
         values = dict(re.findall(r'"(\w+)":"(\d+)"', cost[1])) if cost else {}
         flops, moved = int(values.get("flops", 0)), int(values.get("bytes_accessed", 0))
         roofline = max(flops / self.machine.peak, moved / self.chip.hbm_bandwidth)
-        efficiency = self.machine.efficiency.get(name)
+        efficiency = self.machine.efficiency.get(f"{key[0]}/{name}")
         seconds = roofline / (efficiency or 1.0)
         row = self.total.kernels.setdefault(
             (name, *key),

@@ -75,6 +75,4 @@ def attention(q, k, v, work, *, causal, spec):
       k, v: [B, S, K, H] with N a multiple of K.
       work: of `plan` with the same causal and spec.
     """
-    return KINDS[spec.kind].attention(
-        q, k, v, work, spec.block if spec.kind == "pallas_gpu" else spec, causal
-    )
+    return KINDS[spec.kind].attention(q, k, v, work, spec, causal)

@@ -8,7 +8,7 @@ DEFAULTS = {
     "ref": (1, 1),
     "blockwise": (256, 512),
     "pallas_tpu": (256, 512),
-    "pallas_gpu": (64, 64),
+    "pallas_gpu": (128, 128),
 }
 
 

@@ -311,20 +311,21 @@ def _pad(x, slots):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def attention(q, k, v, work, block, causal):
+def attention(q, k, v, work, spec, causal):
     """Returns [B, T, N, H]: the same function as `ref.masked_attention` under `ref.segment_mask`.
 
     Args:
       q: [B, T, N, H].
       k, v: [B, S, K, H].
       work: the `Plan` made with the same block and causal.
-      block, causal: static.
+      spec: an `api.AttentionSpec`.
+      causal: static.
     """
-    return _forward(q, k, v, work, block, causal)[0]
+    return _forward(q, k, v, work, spec, causal)[0]
 
 
-def _forward(q, k, v, work, block, causal):
-    s = _sizes(q, k, block)
+def _forward(q, k, v, work, spec, causal):
+    s = _sizes(q, k, spec.block)
     rows, stats, spans = _specs(s, s.slots, 1, whole=False)
     kv = _specs(s, s.keys, s.group, whole=True)[0]
     out, lse = _call(
@@ -342,9 +343,9 @@ def _forward(q, k, v, work, block, causal):
     return out, (q, k, v, work, out, lse)
 
 
-def _backward(block, causal, residuals, g):
+def _backward(spec, causal, residuals, g):
     q, k, v, work, out, lse = residuals
-    s, (_, T, _, H), (B, S, K, _) = _sizes(q, k, block), q.shape, k.shape
+    s, (_, T, _, H), (B, S, K, _) = _sizes(q, k, spec.block), q.shape, k.shape
     delta = jnp.einsum("btnh,btnh->bnt", g, out, preferred_element_type=jnp.float32)
     delta = jnp.pad(delta, ((0, 0), (0, 0), (0, s.slots - T)))
     arrays = _pad(q, s.slots), _pad(k, s.keys), _pad(v, s.keys), _pad(g, s.slots)
