@@ -122,6 +122,7 @@ def get_config(arg=None):
         max_visual_tokens=128,
         max_length=512,
         compression=stage >= 3,
+        prune="after_encoder",
     )
     c.data = dict(
         sources=tuple((f"demo:{task}", share) for task, share in MIX[stage].items()),

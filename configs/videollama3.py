@@ -54,6 +54,7 @@ def get_config(arg=None):
         max_frames=180,
         frame_sampling="last_of_second",
         compression=stage >= 3,
+        prune="after_encoder",
     )
     # A row holds about two samples, as the authors' micro-batch did: 64 rows are a global batch
     # of about 128.

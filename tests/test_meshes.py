@@ -1,0 +1,80 @@
+"""Eight devices equal one under every way of spreading a step, and nothing is sent for nothing."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MESHES = {
+    "rows": (8, 1, 1, 1),
+    "fsdp": (1, 8, 1, 1),
+    "hybrid": (2, 2, 2, 1),
+    "tensor, shared kv heads": (1, 2, 1, 4),
+    "sequence and tensor": (1, 1, 4, 2),
+}
+CODE = """
+import jax, numpy as np, sys
+from flax import nnx
+from vlmjax import sharding
+from vlmjax.batch import Budget, empty_batch
+from vlmjax.connectors.mlp import MLPConfig
+from vlmjax.llm.decoder import DecoderConfig
+from vlmjax.objectives.sft import sft
+from vlmjax.vision.vit import ViTConfig
+from vlmjax.vlm import VLM, Compute, VLMConfig, bind, unbind
+
+cfg = VLMConfig(
+    ViTConfig(width=24, mlp=40, layers=2, heads=2, patch=4), MLPConfig(layers=2),
+    DecoderConfig(vocab=64, width=32, mlp=48, layers=2, heads=4, kv_heads=2, head_dim=8),
+    Compute(vision_block=8, llm_block=8, loss_chunk=16, loss_columns=24),
+)
+rng = np.random.default_rng(0)
+batch = empty_batch(8, Budget(32, 64, 16, 4), 48)
+for r in range(8):
+    n = rng.integers(3, 20)
+    batch.segments[r, :n], batch.segments[r, n:30] = 1, 2
+    batch.positions[r, :30] = [*range(n), *range(30 - n)]
+    batch.tokens[r], batch.targets[r] = rng.integers(0, 64, (2, 32))
+    batch.weights[r, :30] = rng.random(30) * (rng.random(30) < 0.5) / 60
+    batch.source[r, 2:10] = np.arange(8)
+    batch.windows[r, :12] = np.arange(48).reshape(12, 4)
+    batch.patch_segments[r, :20], batch.patch_segments[r, 20:48] = 1, 2
+    batch.patches[r] = rng.integers(0, 255, (64, 48))
+    batch.patch_coords[r] = rng.integers(0, 8, (64, 2))
+model = VLM(cfg, rngs=nnx.Rngs(0))
+graphdef, params = unbind(model)
+
+def run(sizes):
+    mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
+    with jax.set_mesh(mesh):
+        rows = jax.tree.map(lambda x: sharding.place_rows(mesh, x), batch)
+        step = jax.jit(jax.value_and_grad(lambda p, b: sft(bind(graphdef, p), b)[0]))
+        return jax.device_get(step(params, rows))
+
+want, want_grads = run((1, 1, 1, 1))
+for sizes in eval(sys.argv[1]):
+    got, grads = run(sizes)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+"""
+
+
+def run(meshes):
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, repr(meshes)],
+        cwd=Path(__file__).parents[1],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MESHES)
+def test_eight_devices_equal_one(name):
+    run([MESHES[name]])
