@@ -107,6 +107,7 @@ def get_config(arg=None):
     }.get(stage, ((".*", 1e-3),))
     c.optim = dict(
         name="adamw",
+        moment_dtype="float32",
         b2=0.98,
         wd=0.0,
         clip="global_norm",
@@ -128,6 +129,7 @@ def get_config(arg=None):
         sources=tuple((f"demo:{task}", share) for task, share in MIX[stage].items()),
         tokenizer="demo",
         budget=BUDGET[stage],
+        buckets=(),
         pool=128,
         normalisation="sqrt",
         media_root=".",

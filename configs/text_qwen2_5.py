@@ -1,4 +1,4 @@
-"""The Qwen2.5 decoder alone on packed text: what MaxText is compared with, and a text-only baseline.
+"""The Qwen2.5 decoder alone on packed text: a text-only baseline, and what MaxText is held against.
 
 python -m vlmjax.main aot --config configs/text_qwen2_5.py:size=1.5b,chips=16 --topology v5e:4x4
 
@@ -28,12 +28,20 @@ def get_config(arg=None):
     c.init = dict(llm="")  # must be given: hf:DIR or random
     c.objective = "sft"
     c.lr = (("llm/.*", 1e-5),)
-    c.optim = dict(name="adamw", wd=0.0, clip="global_norm", schedule="cosine", warmup=0.03)
+    c.optim = dict(
+        name="adamw",
+        moment_dtype="float32",
+        wd=0.0,
+        clip="global_norm",
+        schedule="cosine",
+        warmup=0.03,
+    )
     c.processor = dict(max_length=slots)
     c.data = dict(
         sources=(("json:annotations.jsonl", 1.0),),
         tokenizer="tokenizer",
         budget=(slots, 0, 0, 4),
+        buckets=(),
         pool=256,
         normalisation="token",
         media_root=".",

@@ -43,7 +43,9 @@ def get_config(arg=None):
     c.lr = {
         1: (("vision/.*", 1e-5), ("connector/.*", 1e-3), ("llm/.*", None)),
     }.get(stage, (("vision/.*", 2e-6), ("connector/.*", 1e-5), ("llm/.*", 1e-5)))
-    c.optim = dict(name="adamw", wd=0.0, clip="none", schedule="cosine", warmup=0.03)
+    c.optim = dict(
+        name="adamw", moment_dtype="float32", wd=0.0, clip="none", schedule="cosine", warmup=0.03
+    )
     c.processor = dict(
         patch=14,
         image_merge=2 if stage == 4 else 1,
@@ -62,6 +64,7 @@ def get_config(arg=None):
         sources=(("json:annotations.jsonl", 1.0),),
         tokenizer="tokenizer",
         budget=(16384, 40960, 10240, 4),
+        buckets=(),
         pool=256,
         normalisation="token",
         media_root=".",
