@@ -70,6 +70,27 @@ def test_an_async_computation_is_a_collective():
     assert (line.exposed_seconds, line.collectives[0]["bytes"]) == (3, 4)
 
 
+def test_the_sparse_core_begins_when_it_has_data():
+    more = """%called (p: u8[8]) -> u8[30] {
+  %p = u8[8] parameter(0)
+  ROOT %r = u8[30] all-gather(%p), channel_id=1, replica_groups={{0,1},{2,3}}
+}
+%wrapped (p: u8[8]) -> u8[30] {
+  %p = u8[8] parameter(0)
+  ROOT %c = u8[30] custom-call(%p), custom_call_target="x", called_computations={%called}
+}"""
+    lines = (
+        '%s = ((), (), s32[8]) async-start(), async_execution_thread="sparsecore", calls=%wrapped',
+        work("a", 10),
+        "%u = ((u8[8]), u8[30], s32[8]) async-update(%s, %x)",
+        work("b", 20),
+        "%d = u8[30] async-done(%u)",
+    )
+    line = replay(program(*lines, more=more), MACHINE)
+    assert (line.op_seconds, line.exposed_seconds) == (30, 10)
+    assert line.collectives[0]["axes"] == ["fsdp"] and line.collectives[0]["overlapped"]
+
+
 def test_two_collectives_share_the_links_of_an_axis():
     """The second starts when the first is through; over another axis both go at once."""
     other = START.replace("%s", "%s2").replace("{{0,1},{2,3}}", "{{0,2},{1,3}}")

@@ -2,7 +2,8 @@
 
     python tests/benchmarks/attention_cycles.py                    our kernels, JSON lines
     python tests/benchmarks/attention_cycles.py --rivals           and splash attention
-    python tests/benchmarks/attention_cycles.py --table            all blocks
+    python tests/benchmarks/attention_cycles.py --blocks           other block sizes too
+    python tests/benchmarks/attention_cycles.py --table            and aot/efficiency.json
 
 Rows of 16,384 slots in bfloat16: `vision` is 64 frames of 256 patches, 16 heads of 72, one layer;
 `decoder` 16 samples of 1,024 tokens, causal, 12 query and 2 key-value heads of 128, `decoder_7b` 28
@@ -15,12 +16,9 @@ block pairs that its causal mask leaves of the row.
 
 import argparse
 import json
-import os
-import re
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
+
+from vlmjax.aot.simulate import simulated_cycles
 
 SLOTS = 16384
 SPLASH_SLOTS = 4096
@@ -30,13 +28,15 @@ CASES = {
     "decoder": (12, 2, 128, True, 1024),
     "decoder_7b": (28, 4, 128, True, 1024),
 }
-# chip: (topology, clock in Hz, peak in FLOP/s)
+# chip: (topology, clock in Hz, peak in FLOP/s, HBM in bytes/s)
 CHIPS = {
-    "v5e": ("v5e:2x2", 1.5e9, 197e12),
-    "v5p": ("v5p:2x2x1", 1.75e9, 459e12),
-    "v6e": ("v6e:2x2", 1.75e9, 918e12),
+    "v5e": ("v5e:2x2", 1.5e9, 197e12, 819e9),
+    "v5p": ("v5p:2x2x1", 1.75e9, 459e12, 2765e9),
+    "v6e": ("v6e:2x2", 1.75e9, 918e12, 1640e9),
 }
 BEST = {"vision": 256, "decoder": 512, "decoder_7b": 512}
+PARTS = {"vision": "vision", "decoder": "llm"}  # whose efficiency `aot` takes for which module
+TABLE = Path(__file__).parents[2] / "vlmjax/aot/efficiency.json"
 BLOCKS = {"vision": (128, 256, 512), "decoder": (256, 512, 1024), "decoder_7b": (256, 512, 1024)}
 KERNELS = {
     "forward": "segment_attention_forward.1",
@@ -153,31 +153,12 @@ def compile_one(chip, case, block, direction):
         jax.jit(run, in_shardings=where).lower(*shapes).compile()
 
 
-def simulate(chip, case, block, direction):
-    """Returns simulated cycles of one kernel, found in what libtpu leaves behind."""
-    kernel = KERNELS[direction]
-    with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "TPU_SKIP_MDS_QUERY": "1",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
-            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_static_llo_profile_to={folder} "
-            f"--xla_jf_dump_only_matching_hlo={kernel}",
-        }
-        command = [sys.executable, __file__, "--one", chip, case, str(block), direction]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        # The program around a kernel may not fit where the kernel does: only its profile counts.
-        for file in Path(folder).iterdir():
-            if "static_llo_profile" in file.name:
-                return int(re.search(r"estimated_cycles: (\d+)", file.read_text())[1])
-    raise RuntimeError(f"no profile of {chip} {case} {block} {direction}:\n{done.stderr[-3000:]}")
-
-
 def report(chip, case, block, direction):
     """Returns the JSON line of one kernel."""
     heads, _, size, causal, segment = CASES[case]
-    _, clock, peak = CHIPS[chip]
-    cycles = simulate(chip, case, block, direction)
+    _, clock, peak, hbm = CHIPS[chip]
+    arguments = ("--one", chip, case, str(block), direction)
+    cycles = simulated_cycles(__file__, [KERNELS[direction]], *arguments)[KERNELS[direction]]
     if direction == "splash":  # the block pairs that a causal mask leaves of the square
         n = SLOTS // block
         pairs, products = n * (n + 1) // 2 if causal else n * n, 2
@@ -187,11 +168,25 @@ def report(chip, case, block, direction):
             listing(segment, block, causal, False)[1],
             2 if direction == "forward" else 5,
         )
-    peak_seconds = pairs * block**2 * heads * size * 2 * products / peak
     line = dict(chip=chip, case=case, block=block, kernel=direction, cycles=cycles)
-    return line | dict(
-        ms=round(cycles / clock * 1e3, 3), at_peak=round(peak_seconds * clock / cycles, 3)
+    seconds, flops = cycles / clock, pairs * block**2 * heads * size * 2 * products
+    line |= dict(ms=round(seconds * 1e3, 3), at_peak=round(flops / peak / seconds, 3))
+    if direction != "splash":
+        line["efficiency"] = round(roofline(case, block, products, flops, peak, hbm) / seconds, 3)
+    return line
+
+
+def roofline(case, block, products, flops, peak, hbm):
+    """Returns the seconds that the kernel's `CostEstimate` stands for when it counts `flops`."""
+    from vlmjax.kernels.attention import pallas_tpu as kernel
+
+    heads, kv_heads, size, causal, _ = CASES[case]
+    step = kernel._heads(heads, kv_heads, size)
+    n = SLOTS // block
+    cost = kernel._cost(
+        kernel._Sizes(block, 1, n, n, kv_heads // step[1], *step, size, causal, 0), products
     )
+    return max(flops / peak, flops / cost.flops * cost.bytes_accessed / hbm)
 
 
 def main():
@@ -199,19 +194,27 @@ def main():
     parser.add_argument("--chips", nargs="*", default=list(CHIPS))
     parser.add_argument("--cases", nargs="*", default=list(CASES))
     parser.add_argument("--rivals", action="store_true")
+    parser.add_argument("--blocks", action="store_true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--one", nargs=4)
     args = parser.parse_args()
     if args.one:
         chip, case, block, direction = args.one
         return compile_one(chip, case, int(block), direction)
+    table = json.loads(TABLE.read_text())
     for chip in args.chips:
         for case in args.cases:
-            for block in BLOCKS[case] if args.table else (BEST[case],):
+            for block in BLOCKS[case] if args.blocks else (BEST[case],):
                 for direction in ("forward", "backward"):
-                    print(json.dumps(report(chip, case, block, direction)), flush=True)
+                    line = report(chip, case, block, direction)
+                    print(json.dumps(line), flush=True)
+                    if args.table and case in PARTS:
+                        name = f"{PARTS[case]}/{KERNELS[direction].removesuffix('.1')}"
+                        table.setdefault(chip, {})[name] = line["efficiency"]
             if args.rivals and case != "vision":
                 print(json.dumps(report(chip, case, 1024, "splash")), flush=True)
+    if args.table:
+        TABLE.write_text(json.dumps(table, indent=1) + "\n")
     return None
 
 

@@ -54,9 +54,12 @@ class Module(NamedTuple):
     computations: dict
     entry: str
 
-    def called(self, op):
-        """Returns the ops of the computation a fusion or an async op calls, or ()."""
-        return self.computations.get(op.attribute("calls"), ())
+    def inside(self, op):
+        """Yields the ops that a fusion or an asynchronous op calls, and what these call."""
+        for name in re.findall(r"\b(?:calls|called_computations)=\{?%([\w.\-]+)", op.text):
+            for x in self.computations.get(name, ()):
+                yield x
+                yield from self.inside(x)
 
 
 def split_shape(text):

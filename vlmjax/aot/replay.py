@@ -101,35 +101,56 @@ def direction_of(op_name):
 
 def kind_of(module, op):
     """Returns the kind of work of an operation: "matmul", "fusion" (elementwise), "copy", ..."""
-    if op.kind == "fusion":
-        inside = {x.kind for x in module.called(op)}
-        inside |= {y.kind for x in module.called(op) for y in module.called(x)}
-        for kind in ("convolution", "dot", "scatter", "gather", "sort"):
-            if kind in inside:
-                return "matmul" if kind in ("convolution", "dot") else kind
-    return {"convolution": "matmul", "dot": "matmul"}.get(op.kind, op.kind)
+    kinds = {op.kind} if op.kind != "fusion" else {x.kind for x in module.inside(op)}
+    for kind in ("convolution", "dot", "scatter", "gather", "sort"):
+        if kind in kinds:
+            return "matmul" if kind in ("convolution", "dot") else kind
+    return op.kind
 
 
 def collective_of(module, op):
     """Returns (the instruction with the replica groups, its role), or (None, None).
 
-    A collective is one instruction ("sync"), a "-start" and a "-done", or a chain of fusions: one
-    that starts it, some that do other work while it goes on ("step"), one that ends it.
+    A collective is one instruction ("sync"), a "start" and a "done" (of instructions, or of a
+    computation run by the SparseCore), or a chain of fusions: one that starts it, some that do
+    other work while it goes on ("step"), one that ends it.
     """
     base = re.sub("-(start|done)$", "", op.kind)
     if base in hlo.COLLECTIVES:
         return op, op.kind[len(base) + 1 :] or "sync"
-    inside = module.called(op)
+    inside = list(module.inside(op))
     found = next((x for x in inside if re.sub("-start$", "", x.kind) in hlo.COLLECTIVES), None)
     if found is None:
         return None, None
     targets = {x.target for x in inside}
     if op.kind == "async-start" or "AsyncCollectiveStart" in targets:
         return found, "start"
-    if op.kind == "async-done" or "AsyncCollectiveDone" in targets:
+    if "AsyncCollectiveDone" in targets:
         return found, "done"
     step = "async_collective_fusion" in (op.attribute("calls") or "")
     return found, "step" if step else "sync"
+
+
+@dataclasses.dataclass
+class _Event:
+    """Something that goes on beside the core.
+
+    Attributes:
+      seconds: it takes once begun.
+      on: what it occupies: mesh axes, "memory" or "host".
+      row: the collective it is, or None for a copy.
+      until: when it is done; None before it has begun.
+    """
+
+    seconds: float
+    on: tuple
+    row: dict | None = None
+    until: float | None = None
+
+    def begin(self, now, busy):
+        self.until = max([now, *(busy.get(x, 0.0) for x in self.on)]) + self.seconds
+        busy |= dict.fromkeys(self.on, self.until)
+        return self
 
 
 class _Clock:
@@ -138,8 +159,10 @@ class _Clock:
     def __init__(self, module, machine):
         self.module, self.machine, self.total = module, machine, Timeline()
         self.chip = machine.topology.chip
-        done = (op for ops in module.computations.values() for op in ops)
-        self.results = {op.operands[0]: op.shape for op in done if op.kind.endswith("-done")}
+        ops = [op for ops in module.computations.values() for op in ops]
+        begun = {op.name: op.operands[0] for op in ops if op.kind == "async-update"}
+        results = {op.operands[0]: op.shape for op in ops if op.kind.endswith("-done")}
+        self.results = {begun.get(name, name): shape for name, shape in results.items()}
 
     def run(self, computation, times, part):
         """Replays a computation that runs `times` times in all; returns the seconds of one."""
@@ -155,32 +178,32 @@ class _Clock:
                 now += self.loop(computation, op, times, key[0])
             elif op.kind in ("call", "conditional"):
                 now += self.branches(op, times, key[0])
-            elif role == "done" or (op.kind in ("copy-done", "async-done") and role is None):
-                until, row = pending.pop(self.thread(op, found), (now, None))
-                wait = max(until - now, 0.0)
-                if row is None:
-                    self.total.ops["wait for memory", *key] += wait * times
-                else:
-                    row["exposed_seconds"] += wait * times
-                now += wait
-            elif role in ("start", "sync"):
-                row, axes = self.collective(op, found, role, times, key)
-                until = max([now, *(busy.get(axis, 0.0) for axis in axes)]) + row["seconds"]
-                busy |= dict.fromkeys(axes, until)
-                row["seconds"] *= times
-                if role == "start":
-                    pending[self.thread(op, found)] = until, row
-                else:
-                    row["exposed_seconds"] += (until - now) * times
-                    now = until
-                self.total.collectives.append(row)
-            elif op.kind in ("copy-start", "async-start"):
-                where, seconds = self.copy(op)
-                until = busy[where] = max(now, busy.get(where, 0.0)) + seconds
-                pending[op.name] = until, None
+            elif role == "start" or (op.kind.endswith("-start") and role is None):
+                event = self.event(op, found, role, times, key)
+                # On the SparseCore a start without operands waits for an update that has them.
+                later = op.kind == "async-start" and not op.operands
+                pending[self.thread(op, found)] = event if later else event.begin(now, busy)
+            elif op.kind == "async-update":
+                event = pending.pop(op.operands[0])
+                pending[op.name] = event if event.until else event.begin(now, busy)
+            elif role == "sync":
+                event = self.event(op, found, role, times, key).begin(now, busy)
+                now = self.finish(event, now, times, key)
+            elif role == "done" or op.kind.endswith("-done"):
+                event = pending.pop(self.thread(op, found), None)
+                now = self.finish(event, now, times, key) if event else now
             else:
                 now += self.operation(op, times, key)
         return now
+
+    def finish(self, event, now, times, key):
+        """Returns the time after the core has waited for an event."""
+        wait = max(event.until - now, 0.0)
+        if event.row is None:
+            self.total.ops["wait for memory", *key] += wait * times
+        else:
+            event.row["exposed_seconds"] += wait * times
+        return now + wait
 
     def thread(self, op, found):
         """What links the end of something asynchronous to its start."""
@@ -218,8 +241,13 @@ class _Clock:
 
         return self.run(max(branches, key=seconds), times, part) if branches else 0.0
 
-    def collective(self, op, found, role, times, key):
-        """Returns (row of a collective, with the seconds of one, and the mesh axes it crosses)."""
+    def event(self, op, found, role, times, key):
+        """Returns the `_Event` of a collective, which is listed, or of a copy."""
+        if found is None:
+            moved = hlo.num_bytes(self.results.get(op.name, op.shape))
+            if f"S({HOST})" in op.shape:
+                return _Event(moved / self.chip.host_bandwidth, ("host",))
+            return _Event(moved / self.chip.hbm_bandwidth, ("memory",))
         mesh = self.machine.mesh
         groups = hlo.members(found.text)
         places = [np.unravel_index(group, mesh.devices.shape) for group in groups]
@@ -234,7 +262,7 @@ class _Clock:
         size = hlo.num_bytes(shape)
         group = groups[0] if groups else range(mesh.devices.size)
         size *= len(group) if kind == "reduce-scatter" else 1
-        if op is not found and any(x.kind == "dynamic-slice" for x in self.module.called(op)):
+        if op is not found and any(x.kind == "dynamic-slice" for x in self.module.inside(op)):
             kind = "reduce-scatter"  # an all-reduce of which each chip keeps its slice
         seconds = self.machine.topology.collective_seconds(
             kind, size, [mesh.devices.flat[i] for i in group]
@@ -248,17 +276,11 @@ class _Clock:
             overlapped=role != "sync",
             count=times,
             bytes=size * times,
-            seconds=seconds,
+            seconds=seconds * times,
             exposed_seconds=0.0,
         )
-        return row, axes
-
-    def copy(self, op):
-        """Returns (what an asynchronous copy occupies, seconds of one)."""
-        moved = hlo.num_bytes(self.results.get(op.name, op.shape))
-        if f"S({HOST})" in op.shape:
-            return "host", moved / self.chip.host_bandwidth
-        return "memory", moved / self.chip.hbm_bandwidth
+        self.total.collectives.append(row)
+        return _Event(seconds, axes, row)
 
     def operation(self, op, times, key):
         """Returns the seconds of an operation or kernel, after adding it to the totals."""

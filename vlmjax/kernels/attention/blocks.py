@@ -1,7 +1,7 @@
 """The block size of each kernel, chip and shape."""
 
 # (device kind, head size, causal) -> block, by simulated cycles:
-# python tests/benchmarks/attention_cycles.py --table
+# python tests/benchmarks/attention_cycles.py --blocks
 BLOCKS = {}
 # Otherwise, by kind: (bidirectional, causal).
 DEFAULTS = {
