@@ -1,10 +1,11 @@
 """Traces: written for the steps asked for, readable, marked as steps; bad choices are refused."""
 
+import subprocess
+import sys
+
 import jax
 import pytest
-from tiny import tiny_config
 
-from vlmjax.train import loop
 from vlmjax.train.profile import parse, traced
 
 
@@ -13,10 +14,33 @@ def read_traces(workdir):
     return [jax.profiler.ProfileData.from_file(str(file)) for file in files]
 
 
+def run(code, folder):
+    """Runs code in a process of its own: where a test has loaded libtpu, the profiler crashes."""
+    head = f"import sys; sys.path[:0] = {sys.path!r}; from pathlib import Path\n"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{head}folder = Path({str(folder)!r})\n{code}"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+TRAIN = """
+from tiny import tiny_config
+from vlmjax.train import loop
+config = tiny_config(folder, train__steps=4, lr=(("connector/.*", 1e-3), (".*", None)))
+loop.train(config, folder / "run", profile=(2, 3))
+"""
+LEAVE = """
+from vlmjax.train.profile import traced
+for _ in traced(range(1, 9), (1, 5), folder / "profile"):
+    break
+"""
+
+
 @pytest.mark.slow
 def test_trace_holds_the_steps_asked_for(tmp_path):
-    config = tiny_config(tmp_path, train__steps=4, lr=(("connector/.*", 1e-3), (".*", None)))
-    loop.train(config, tmp_path / "run", profile=(2, 3))
+    run(TRAIN, tmp_path)
     (trace,) = read_traces(tmp_path / "run")
     events = [e for plane in trace.planes for line in plane.lines for e in line.events]
     steps = [dict(e.stats)["step_num"] for e in events if e.name == "train"]
@@ -26,8 +50,7 @@ def test_trace_holds_the_steps_asked_for(tmp_path):
 
 def test_trace_ends_with_the_run(tmp_path):
     """Also when the loop is left inside it, as by a SIGTERM."""
-    for _ in traced(range(1, 9), (1, 5), tmp_path / "profile"):
-        break
+    run(LEAVE, tmp_path)
     assert len(read_traces(tmp_path)) == 1
 
 
