@@ -17,14 +17,15 @@ from vlmjax.train.step import init_state
 
 ROOT = Path(__file__).parents[1]
 RUN = """
-import resource, runpy, sys, time
+import re, runpy, sys, time
 began = time.monotonic()
 sys.argv = ["vlmjax", "inspect", "--config", {config!r}]
 try:
     runpy.run_module("vlmjax.main", run_name="__main__")
 finally:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
-    print("used", time.monotonic() - began, peak)
+    # Not ru_maxrss, which a process inherits from the one that started it.
+    peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+    print("used", time.monotonic() - began, peak / 1024)
 """
 
 

@@ -29,7 +29,7 @@ SCOPED_VMEM = (
     "xla_tpu_scoped_vmem_limit_kib",
     98304,
     "larger tiles of matmuls in VMEM: 16384 x 3584 x 18944 takes 1.09 of its floor, 1.75 without; "
-    "all operations of Qwen2.5-1.5B 2 % less",
+    "all operations of a text-only 2B step 2 % less",
 )
 
 # Chip -> ((name, value, reason), ...).
