@@ -157,6 +157,7 @@ SHAPES = {  # slots, heads, kv heads, head size, causal
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("chip", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernels_compile_for_chips_that_are_not_here(shape, chip, monkeypatch):
