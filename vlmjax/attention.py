@@ -13,7 +13,7 @@ from vlmjax.rope import rotate
 
 
 class Attention(nnx.Module):
-    """o(attend(rotate(q(x)), rotate(k(x)), v(x))) with N query heads on K key-value heads."""
+    """o(attend(q(x), k(x), v(x))) with N query heads on K key-value heads."""
 
     def __init__(self, width, heads, kv_heads, head_dim, *, rngs, qkv_bias, o_bias, out_scale=1.0):
         q, kv = (heads, head_dim), (kv_heads, head_dim)
@@ -23,24 +23,25 @@ class Attention(nnx.Module):
         axes = ("heads", "head_dim"), ("embed",)
         self.o = Dense(q, (width,), *axes, rngs=rngs, bias=o_bias, scale=out_scale)
 
-    def __call__(self, x, angles, attend, cache=None):
+    def __call__(self, x, attend, cache=None):
         """Returns ([B, T, D], what `attend` keeps).
 
         Args:
           x: [B, T, D].
-          angles: f32[B, T, H/2].
-          attend: function (q, k, v, cache) -> ([B, T, N, H], new cache).
+          attend: function (q, k, v, cache) -> ([B, T, N, H], new cache), which applies the rotary
+            positions.
           cache: of this layer, or None.
         """
-        out, cache = attend(rotate(self.q(x), angles), rotate(self.k(x), angles), self.v(x), cache)
+        out, cache = attend(self.q(x), self.k(x), self.v(x), cache)
         return self.o(out), cache
 
 
-def packed(segments, *, size, causal, spec, layout):
+def packed(segments, angles, *, size, causal, spec, layout):
     """Returns the `attend` of packed rows; what each device has to do is planned once.
 
     Args:
       segments: i32[B, S].
+      angles: f32[B, S, H/2] of the rotary positions.
       size: channels of a head.
       causal: whether queries see only earlier keys.
       spec: an `AttentionSpec`.
@@ -49,16 +50,16 @@ def packed(segments, *, size, causal, spec, layout):
     """
     how = dict(causal=causal, spec=spec.resolve(size, causal))
     plan = functools.partial(api.plan, **how)
-    work = sharding.plan_attention(plan, segments, layout)
+    work = sharding.plan_attention(plan, segments, angles, layout)
 
     def attend(q, k, v, cache):
         out = sharding.map_attention(functools.partial(api.attention, **how), q, k, v, work, layout)
-        return out, (k, v) if cache is not None else None
+        return out, (rotate(k, angles), v) if cache is not None else None
 
     return attend
 
 
-def cached(positions):
+def cached(positions, angles):
     """Returns the `attend` that appends to a cache and sees everything up to its own position.
 
     Slot j of the cache holds position j, so a query sees slots 0 .. its position. Slots after the
@@ -66,6 +67,7 @@ def cached(positions):
 
     Args:
       positions: i32[B, T] of the new tokens, consecutive in each row.
+      angles: f32[B, T, H/2] of the rotary positions.
     """
     start = positions[:, 0]
 
@@ -75,6 +77,7 @@ def cached(positions):
                 old, new.astype(old.dtype), at, 0
             )
         )
+        q, k = rotate(q, angles), rotate(k, angles)
         k, v = write(cache[0], k, start), write(cache[1], v, start)
         mask = jnp.arange(k.shape[1]) <= positions[:, :, None]
         return ref.masked_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask), (k, v)

@@ -157,11 +157,14 @@ def stack(make, num, *, rngs):
     return jax.vmap(lambda key: make(nnx.Rngs(key)))(keys)
 
 
+_ATTENTION = jax.checkpoint_policies.save_only_these_names("attention")
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _ATTENTION
+    ),
+    "attention": _ATTENTION,
     "offload_attention": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=["attention"],
@@ -180,8 +183,8 @@ def scan_layers(blocks, call, x, xs=None, remat="none"):
       x: the carry, the same shape before and after each layer.
       xs: optional pytree with a leading axis of L, one slice for each layer (a cache).
       remat: what the backward pass may keep of a layer, a key of `REMAT`: "none" recomputes
-        nothing, "full" recomputes the whole layer, "dots" keeps matrix products, "attention" keeps
-        attention outputs, "offload_attention" keeps them in the memory of the host.
+        nothing, "full" recomputes the whole layer, "attention" keeps attention outputs, "dots"
+        these and matrix products, "offload_attention" keeps them in the memory of the host.
 
     Returns:
       (x, ys) with ys stacked over layers.

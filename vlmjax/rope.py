@@ -5,6 +5,8 @@ Both use the rotate-half form: channel i is paired with channel i + H/2. The rot
 
 import jax.numpy as jnp
 
+from vlmjax.kernels.attention import ref
+
 
 def angles_1d(positions, head_dim, theta):
     """Returns f32[..., H/2]: position * theta^(-2j/H) for j = 0 .. H/2 - 1."""
@@ -26,6 +28,4 @@ def angles_2d(coords, head_dim, theta):
 
 def rotate(x, angles):
     """Rotates x[B, T, N, H] by angles f32[B, T, H/2]; the dtype of x is kept."""
-    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    return ref.rotate(x, jnp.cos(angles), jnp.sin(angles))

@@ -129,24 +129,28 @@ def _shard_map(f, in_specs, out_specs):
     return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def plan_attention(plan, segments, layout):
-    """Returns plan(query segments, key segments, first query slot) of each device's share.
+def plan_attention(plan, segments, angles, layout):
+    """Returns plan(segments of queries, of keys, first query slot, angles of queries, of keys).
+
+    Each device plans its share.
 
     Args:
       plan: function returning arrays with rows in front.
       segments: i32[B, S].
+      angles: f32[B, S, R / 2] or None.
       layout: a `Layout`. Where slots are shared out, arrays get an axis for the shares after B.
     """
     if not layout.rows:
-        return plan(segments, segments, 0)
+        return plan(segments, segments, 0, angles, angles)
 
     def share(mine):
-        everything = jax.lax.all_gather(mine, layout.slots, axis=1, tiled=True)
-        start = jax.lax.axis_index(layout.slots) * mine.shape[1]
-        return jax.tree.map(lambda x: x[:, None], plan(mine, everything, start))
+        row = jax.lax.all_gather(mine, layout.slots, axis=1, tiled=True)
+        start = jax.lax.axis_index(layout.slots) * mine[0].shape[1]
+        planned = plan(mine[0], row[0], start, mine[1], row[1])
+        return jax.tree.map(lambda x: x[:, None], planned)
 
     spec = P(layout.rows, layout.slots)
-    return _shard_map(share, spec, spec)(segments)
+    return _shard_map(share, spec, spec)((segments, angles))
 
 
 def map_attention(attend, q, k, v, work, layout):

@@ -88,20 +88,23 @@ def ours(case, block, direction, cores):
     work = worklist.Work(entry, tuple(length * c // cores for c in range(cores + 1)))
     spec = AttentionSpec("pallas_tpu", block, segment)
 
-    def run(q, k, v, g, segments):
+    def run(q, k, v, g, segments, angles):
+        turns = ((jnp.cos(angles), jnp.sin(angles)),) * 2
         met = jnp.ones((1, cores, SLOTS // block), bool)
         plan = worklist.Plan(segments, segments, jnp.zeros(1, jnp.int32), work, work, met)
         if direction == "forward":
-            return kernel._forward(q, k, v, plan, spec, causal)[0]
-        lse = jnp.zeros((kv_heads // kernel._heads(heads, kv_heads, size)[1], heads, SLOTS))
-        lse = lse[:, : kernel._heads(heads, kv_heads, size)[0]]
-        return kernel._backward(spec, causal, (q, k, v, plan, g.reshape(SLOTS, -1), lse), g)[:3]
+            return kernel._forward(q, k, v, plan, turns, spec, causal)[0]
+        step = kernel._heads(heads, kv_heads, size)
+        lse = jnp.zeros((kv_heads // step[1], step[0], 1, SLOTS))
+        out = g.reshape(1, -1, SLOTS)
+        return kernel._backward(spec, causal, (q, k, v, plan, turns, out, lse), g)[:3]
 
     wide, narrow = ((1, SLOTS, n, size) for n in (heads, kv_heads))
     arguments = [(x, jnp.bfloat16) for x in (wide, narrow, narrow, wide)]
     return run, [
         *(jax.ShapeDtypeStruct(*x) for x in arguments),
         jax.ShapeDtypeStruct((1, SLOTS), jnp.int32),
+        jax.ShapeDtypeStruct((1, size // 2, SLOTS), jnp.float32),
     ]
 
 

@@ -29,7 +29,7 @@ LAYOUTS = {
     "empty row": ([[], [200, 56]], 256, 2, 2, 128, False, 1),
     "rows": ([[200, 100], [30, 1, 300]], 384, 4, 1, 128, True, 1),
     "7:1": ([[90, 200]], 384, 7, 1, 128, True, 1),
-    "groups of heads": ([[130, 200]], 384, 16, 4, 64, True, 1),
+    "groups of heads": ([[130, 200]], 384, 32, 8, 64, True, 1),
     "odd slots": ([[140, 100]], 300, 2, 1, 64, True, 1),
     "two cores": ([[300, 80]], 512, 2, 2, 72, False, 2),
     "two cores, causal": ([[300, 80], [1, 2, 3, 400]], 512, 4, 1, 128, True, 2),
@@ -74,11 +74,18 @@ def test_kernels_equal_ref_without_races(layout, interpreter):
         grads, out = jax.grad(f, (0, 1, 2), has_aux=True)(q, k, v)
         return out, *grads
 
+    turned = (size, size // 2, 0)[list(LAYOUTS).index(layout) % 3]  # channels
+    angles = rng.normal(size=(B, slots, turned // 2)).astype(np.float32)
+    turn = np.cos(angles), np.sin(angles)
+
     def kernel(q, k, v):
         work = pallas_tpu.plan(segments, segments, 0, BLOCK, causal, cores)
-        return pallas_tpu.attention(q, k, v, work, AttentionSpec("pallas_tpu", BLOCK), causal)
+        turns = (tuple(x.swapaxes(1, 2) for x in turn),) * 2 if turned else None
+        spec = AttentionSpec("pallas_tpu", BLOCK)
+        return pallas_tpu.attention(q, k, v, work, turns, spec, causal)
 
     def definition(q, k, v):
+        q, k = ref.rotate(q, *turn), ref.rotate(k, *turn)
         return ref.masked_attention(q, k, v, ref.segment_mask(segments, segments, causal))
 
     got, want = value_and_grads(kernel), value_and_grads(definition)
@@ -166,19 +173,20 @@ def test_kernels_compile_for_chips_that_are_not_here(shape, chip):
     mesh = Mesh(np.array(Topology(chip).devices[:1]), ("x",), axis_types=(AxisType.Auto,))
     spec = AttentionSpec()
 
-    def step(q, k, v, segments, g):
+    def step(q, k, v, segments, angles, g):
         how = spec.resolve(size, causal)
-        work = api.plan(segments, segments, 0, causal=causal, spec=how)
-        attend = functools.partial(api.attention, work=work, causal=causal, spec=how)
+        work = api.plan(segments, segments, 0, angles, angles, causal=causal, spec=how)
+        attend = functools.partial(api.attention, plan=work, causal=causal, spec=how)
         out, back = jax.vjp(attend, q, k, v)
         return out, back(g)
 
     q = jax.ShapeDtypeStruct((1, slots, heads, size), jnp.bfloat16)
     k = jax.ShapeDtypeStruct((1, slots, kv_heads, size), jnp.bfloat16)
     segments = jax.ShapeDtypeStruct((1, slots), jnp.int32)
+    angles = jax.ShapeDtypeStruct((1, slots, size // 2), jnp.float32)
     with jax.set_mesh(mesh), no_cache():
         where = NamedSharding(mesh, PartitionSpec())
-        compiled = jax.jit(step, in_shardings=where).lower(q, k, k, segments, q).compile()
+        compiled = jax.jit(step, in_shardings=where).lower(q, k, k, segments, angles, q).compile()
     text = compiled.as_text()
     assert text.count("tpu_custom_call") >= 2 and "segment_attention_backward" in text
     # At most eight arrays of the size of q in float32, where dense logits would be thousands.

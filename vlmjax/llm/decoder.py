@@ -94,8 +94,8 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(cfg.width, cfg.eps, rngs=rngs)
         self.mlp = MLP(cfg.width, cfg.mlp, "silu", gated=True, bias=False, **make)
 
-    def __call__(self, x, angles, attend, cache):
-        y, cache = self.attn(self.attn_norm(x), angles, attend, cache)
+    def __call__(self, x, attend, cache):
+        y, cache = self.attn(self.attn_norm(x), attend, cache)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), cache
 
@@ -136,14 +136,14 @@ class Decoder(nnx.Module):
         T = x.shape[1]
         angles = angles_1d(positions, self.cfg.head_dim, self.cfg.rope_theta)
         if segments is None:
-            layout, attend = Layout(), cached(positions)
+            layout, attend = Layout(), cached(positions, angles)
         else:
             layout = layout_of("llm", *segments.shape)
             how = dict(size=self.cfg.head_dim, causal=True, spec=attention, layout=layout)
-            attend = packed(segments, **how)
+            attend = packed(segments, angles, **how)
 
         def layer(block, x, cache):
-            y, new = block(x, angles, attend, cache)
+            y, new = block(x, attend, cache)
             if segments is not None and cache is not None:
                 new = tuple(
                     old.at[:, :T].set(n.astype(old.dtype))

@@ -63,8 +63,8 @@ class Block(nnx.Module):
         self.mlp_norm = LayerNorm(cfg.width, cfg.eps, rngs=rngs)
         self.mlp = MLP(cfg.width, cfg.mlp, cfg.act, gated=False, bias=True, **make)
 
-    def __call__(self, x, angles, attend):
-        x = x + self.attn(self.attn_norm(x), angles, attend)[0]
+    def __call__(self, x, attend):
+        x = x + self.attn(self.attn_norm(x), attend)[0]
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -92,10 +92,10 @@ class ViT(nnx.Module):
         angles = angles_2d(coords, self.cfg.head_dim, self.cfg.rope_theta)
         layout = layout_of("vision", *segments.shape)
         how = dict(size=self.cfg.head_dim, causal=False, spec=attention, layout=layout)
-        attend = packed(segments, **how)
+        attend = packed(segments, angles, **how)
 
         def layer(block, x, _):
-            return layout.constrain(block(x, angles, attend)), None
+            return layout.constrain(block(x, attend)), None
 
         x = layout.constrain(self.patch(pixels.astype(dtype)))
         x, _ = scan_layers(self.blocks, layer, x, remat=remat)

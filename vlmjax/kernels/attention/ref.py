@@ -23,6 +23,19 @@ def segment_mask(q_segments, kv_segments, causal, q_start=0):
     return mask
 
 
+def rotate(x, cos, sin):
+    """Rotates channel i of x[B, T, N, H] with channel i + R/2, in f32 (arXiv:2104.09864).
+
+    Args:
+      x: its channels from R on stay; its dtype is kept.
+      cos, sin: f32[B, T, R / 2], of each slot.
+    """
+    cos, sin, half = cos[:, :, None], sin[:, :, None], cos.shape[-1]
+    a, b = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+    return jnp.concatenate([turned, x[..., 2 * half :]], -1) if 2 * half < x.shape[-1] else turned
+
+
 def masked_attention(q, k, v, mask):
     """Returns [B, T, N, H] in the dtype of q; logits and softmax in f32. 0 for a query without key.
 
