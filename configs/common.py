@@ -1,5 +1,36 @@
 """What configs share. Imports nothing of the library."""
 
+# Slices by their Cloud names (of a v5p half the number are chips), and hosts of GPUs: how a run is
+# spread over them and what its backward pass may keep of the decoder and of the vision tower, so
+# that every stage of a 2B model fits (of 7B: v5p-64, v6e-256, h200-8). Rows are independent, so
+# they are what is spread first; where there are more chips than rows, seq shares out a row.
+SLICES = {
+    "v5e-16": dict(mesh=dict(fsdp=16), remat="attention", vision_remat="attention"),
+    "v6e-16": dict(mesh=dict(fsdp=16), remat="dots", vision_remat="attention"),
+    "v6e-256": dict(mesh=dict(fsdp=64, seq=4), remat="dots", vision_remat="attention"),
+    "v5p-32": dict(mesh=dict(fsdp=16), remat="dots", vision_remat="dots"),
+    "v5p-64": dict(mesh=dict(fsdp=32), remat="dots", vision_remat="dots"),
+    "h200-8": dict(mesh=dict(fsdp=8), remat="dots", vision_remat="dots"),
+}
+
+
+def slice_preset(name, rows):
+    """Returns (mesh, compute, accumulate) for `rows` rows a step.
+
+    `mesh` has every axis, `compute` the remat policies, and each shard takes a row at a time.
+
+    Raises:
+      ValueError: an unknown slice.
+    """
+    if name not in SLICES:
+        raise ValueError(
+            f"slice={name!r} is none of {sorted(SLICES)}; for another, start from one of them and "
+            "change --config.mesh, --config.train.accumulate and --config.model.compute.remat"
+        )
+    preset = dict(SLICES[name])
+    mesh = dict(data=1, fsdp=1, seq=1, tensor=1) | preset.pop("mesh")
+    return mesh, preset, max(rows // (mesh["data"] * mesh["fsdp"]), 1)
+
 
 def parse_arg(arg, **defaults):
     """Returns a dict of `defaults` updated from "key=value,key=value", typed as the defaults.

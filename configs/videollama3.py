@@ -11,7 +11,7 @@ The learning rates, lengths, merge sizes and batch are those of the authors' scr
 
 from ml_collections import ConfigDict
 
-from configs.common import parse_arg
+from configs.common import parse_arg, slice_preset
 
 LLM = {"2b": "qwen2_5_1_5b", "7b": "qwen2_5_7b"}
 # Samples of one epoch, in millions (Tables 1 to 4; stage 2 as in Figure 2).
@@ -20,20 +20,22 @@ GLOBAL_BATCH = 128
 
 
 def get_config(arg=None):
-    """Returns the config of one size and stage for a number of chips."""
-    arg = parse_arg(arg, size="2b", stage=1, chips=16)
+    """Returns the config of one size and stage for a slice of `configs.common.SLICES`."""
+    arg = parse_arg(arg, size="2b", stage=1, slice="v5e-16")
     size, stage = arg["size"], arg["stage"]
     if size not in LLM or stage not in SAMPLES:
         raise ValueError(
             f"size={size!r}, stage={stage}: size is one of {sorted(LLM)}, stage one of 1, 2, 3, 4"
         )
+    rows = GLOBAL_BATCH // 2
+    mesh, compute, accumulate = slice_preset(arg["slice"], rows)
     c = ConfigDict()
     c.stage = stage
     c.model = dict(
         vision=dict(preset="siglip_so400m_14"),
         connector=dict(layers=2),
         llm=dict(preset=LLM[size]),
-        compute=dict(dtype="bfloat16", remat="full", vision_segment=1024, llm_segment=8192),
+        compute=dict(dtype="bfloat16", vision_segment=1024, llm_segment=8192, **compute),
     )
     if stage == 1:
         c.init = dict(vision="", connector="random", llm="")  # "": must be given
@@ -72,14 +74,14 @@ def get_config(arg=None):
     steps = round(SAMPLES[stage] * 1e6 / GLOBAL_BATCH)
     c.train = dict(
         steps=steps,
-        rows=GLOBAL_BATCH // 2,
-        accumulate=max(GLOBAL_BATCH // 2 // arg["chips"], 1),  # a row for each chip at a time
+        rows=rows,
+        accumulate=accumulate,
         seed=42,
         log_every=10,
         save_every=1000,
         keep=2,
         frozen_dtype="bfloat16",
     )
-    c.mesh = dict(data=1, fsdp=-1, seq=1, tensor=1)
+    c.mesh = mesh
     c.eval = dict()
     return c

@@ -3,6 +3,8 @@
 import functools
 import importlib
 import json
+import math
+import re
 from pathlib import Path
 
 import jax
@@ -10,12 +12,14 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from configs.common import parse_arg
+from configs.common import SLICES, parse_arg
 from vlmjax import build, sharding
 from vlmjax.batch import empty_batch
+from vlmjax.nn import REMAT
 from vlmjax.objectives import OBJECTIVES
 from vlmjax.train import loop
 from vlmjax.train.optimizer import make_optimizer, resolve_lr
+from vlmjax.train.program import batch_shapes, make_program
 from vlmjax.train.step import init_state, make_train_step
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +48,7 @@ def test_resolves_and_lowers_at_full_size(name, arg):
     assert run.processor.max_visual_tokens <= budget.visual or not budget.visual
     assert run.processor.max_length is None or run.processor.max_length <= budget.tokens
     assert run.model.vision is None or run.processor.patch == run.model.vision.patch
-    with jax.set_mesh(sharding.make_mesh(**run.mesh)):
+    with jax.set_mesh(sharding.make_mesh()):
         graphdef, shapes, axes = build.abstract(run.model)
         lrs = resolve_lr(run.lr, shapes)
         peaks = {path: lr for path, lr in lrs.items() if lr is not None}
@@ -98,12 +102,43 @@ def test_recipe_is_that_of_the_paper(size, stage):
     assert (o.name, o.b1, o.b2, o.eps, o.wd, o.clip) == ("adamw", 0.9, 0.999, 1e-8, 0.0, "none")
     assert (o.schedule, o.warmup, run.train.seed) == ("cosine", 0.03, 42)
     assert abs(run.train.steps - steps) < 100
-    assert run.model.compute.dtype == "bfloat16" and run.model.compute.remat == "full"
+    assert run.model.compute.dtype == "bfloat16"
     llm = run.model.llm
     want = (1536, 28, 12, 2, 151936, True) if size == "2b" else (3584, 28, 28, 4, 152064, False)
     assert (llm.width, llm.layers, llm.heads, llm.kv_heads, llm.vocab, llm.tie) == want
     if stage > 1:
         assert run.init == f"runs/vl3_{size}/stage{stage - 1}"
+
+
+@pytest.mark.parametrize("name", SLICES)
+def test_slices_spread_the_rows_of_a_step(name):
+    run = build.resolve(_config("videollama3", f"size=7b,stage=3,slice={name}"))
+    kind, number = name.split("-")
+    chips = int(number) // (2 if kind == "v5p" else 1)
+    sizes = dict(run.mesh)
+    assert math.prod(sizes.values()) == chips
+    shards = sizes["data"] * sizes["fsdp"]
+    assert run.train.rows == 64 == shards * run.train.accumulate
+    assert {run.model.compute.remat, run.model.compute.vision_remat} <= set(REMAT)
+
+
+def test_unknown_slice_is_refused():
+    with pytest.raises(ValueError, match="slice='v9-4' is none of .*v5p-64"):
+        _config("videollama3", "slice=v9-4")
+
+
+def test_stages_2_to_4_are_one_program():
+    """What is compiled for one of them, and planned, holds for all: they differ on the host."""
+    texts = []
+    for stage in (2, 3, 4):
+        run = build.resolve(_config("videollama3", f"stage={stage}"))
+        mesh = sharding.make_mesh()
+        with jax.set_mesh(mesh):
+            program = make_program(run, mesh)
+            batch = batch_shapes(run, build.make_budgets(run)[0], mesh)
+            text = program.step.lower(program.state, batch).as_text()
+        texts.append(re.sub(r"dense<[^>]*>", "", text))  # the schedule's constants
+    assert texts[0] == texts[1] == texts[2]
 
 
 def test_demo_is_the_same_recipe():
