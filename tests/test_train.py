@@ -66,18 +66,48 @@ def test_frozen_is_frozen(tmp_path):
     assert all((np.asarray(state.trainable[p]) != x).any() for p, x in before.trainable.items())
 
 
-def test_no_backward_of_the_frozen_tower_is_compiled(tmp_path):
+def compiled_ops(run):
+    """Returns (shape, name) of the instructions of the compiled step that jax named."""
+    state, step = make_step(run)
+    text = jax.jit(step).lower(state, first_batch(run).batch).compile().as_text()
+    return re.findall(r"= (\S+) \S+\(.*op_name=\"([^\"]*)\"", text)
+
+
+def test_of_a_frozen_tower_nothing_is_kept_or_differentiated(tmp_path):
     """Scope names survive into HLO: nothing under transpose(...) belongs to the vision tower."""
 
-    def backward_ops(lr):
+    def seen(lr):
         run = build.resolve(tiny_config(tmp_path, lr=lr))
-        state, step = make_step(run)
-        text = jax.jit(step).lower(state, first_batch(run).batch).compile().as_text()
-        names = {part.split('"')[0] for part in text.split('op_name="')[1:]}
-        return [n for n in names if re.search(r"transpose\(.*\bvision\b", n)]
+        ops = [(shape, name) for shape, name in compiled_ops(run) if re.search(r"\bvision\b", name)]
+        vision, (_, patches, *_) = run.model.vision, build.make_budgets(run)[0]
+        rows = run.train.rows
+        stacks = rf"\[{vision.layers},(1,)?({rows},{patches}|{rows * patches}),"
+        return (
+            [name for _, name in ops if "transpose(" in name],
+            [shape for shape, _ in ops if re.search(stacks, shape)],
+        )
 
-    assert backward_ops(((".*", 1e-3),))
-    assert not backward_ops(CONNECTOR_ONLY)
+    assert all(seen(((".*", 1e-3),)))
+    assert not any(seen(CONNECTOR_ONLY))
+
+
+def test_a_frozen_decoder_gets_no_weight_gradient(tmp_path):
+    """As in stage 1: the loop of its backward pass stacks nothing of the shape of its weights."""
+
+    def gradients(lr):
+        run = build.resolve(tiny_config(tmp_path, lr=lr))
+        weights = build.abstract(run.model)[1].items()
+        shapes = {str(list(w.shape)) for path, w in weights if path.startswith("llm/blocks")}
+        return {
+            dims
+            for shape, name in compiled_ops(run)
+            if re.search(r"transpose\(.*\bllm\b.*dynamic_update_slice", name)
+            and (dims := f"[{shape.partition('[')[2].partition(']')[0].replace(',', ', ')}]")
+            in shapes
+        }
+
+    assert len(gradients(((".*", 1e-3),))) >= 4
+    assert not gradients((("llm/.*", None), (".*", 1e-3)))
 
 
 def test_text_only_step_has_no_vision_tower(tmp_path):
