@@ -1,5 +1,6 @@
 """Eight devices equal one under every way of spreading a step, and nothing is sent for nothing."""
 
+import math
 import os
 import subprocess
 import sys
@@ -7,12 +8,29 @@ from pathlib import Path
 
 import pytest
 
+from configs.common import SLICES
+
 MESHES = {
     "rows": (8, 1, 1, 1),
     "fsdp": (1, 8, 1, 1),
     "hybrid": (2, 2, 2, 1),
     "tensor, shared kv heads": (1, 2, 1, 4),
     "sequence and tensor": (1, 1, 4, 2),
+}
+
+
+def for_eight(sizes):
+    """Returns the mesh of a slice for eight devices: its longest axis is halved until they do."""
+    sizes = [sizes.get(axis, 1) for axis in ("data", "fsdp", "seq", "tensor")]
+    while math.prod(sizes) > 8:
+        sizes[sizes.index(max(sizes))] //= 2
+    return tuple(sizes)
+
+
+MESHES |= {
+    name: mesh
+    for name, preset in SLICES.items()
+    if (mesh := for_eight(preset["mesh"])) not in MESHES.values()
 }
 CODE = """
 import jax, numpy as np, sys
