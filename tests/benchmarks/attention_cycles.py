@@ -3,7 +3,7 @@
     python tests/benchmarks/attention_cycles.py                    our kernels, JSON lines
     python tests/benchmarks/attention_cycles.py --rivals           and splash attention
     python tests/benchmarks/attention_cycles.py --blocks           other block sizes too
-    python tests/benchmarks/attention_cycles.py --table            and aot/efficiency.json
+    python tests/benchmarks/attention_cycles.py --table            kernels/attention/blocks.json
 
 Rows of 16,384 slots in bfloat16: `vision` is 64 frames of 256 patches, 16 heads of 72, one layer;
 `decoder` 16 samples of 1,024 tokens, causal, 12 query and 2 key-value heads of 128, `decoder_7b` 28
@@ -11,20 +11,23 @@ and 4. The simulator reads run-time scalars as 0, so a list of block pairs made 
 look empty: here the same kernels get the list as a closed form of the position in it, and
 `at_peak` (matrix FLOPs of the listed pairs at peak rate, over the simulated time) shows that it was
 not. Splash is simulated on a whole square of 4,096 slots, which needs no list, and counted for the
-block pairs that its causal mask leaves of the row.
+block pairs that its causal mask leaves of the row. The table, from which blocks are chosen, is of
+rows of 4,096 slots: `image` (segments of 1,024 patches) and `decoder`.
 """
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 from vlmjax.aot.simulate import simulated_cycles
 
 SLOTS = 16384
-SPLASH_SLOTS = 4096
+SHORT = 4096  # slots of splash's square, and of a row of the table
 # name: (heads, kv heads, head size, causal, segment)
 CASES = {
     "vision": (16, 16, 72, False, 256),
+    "image": (16, 16, 72, False, 1024),
     "decoder": (12, 2, 128, True, 1024),
     "decoder_7b": (28, 4, 128, True, 1024),
 }
@@ -34,10 +37,12 @@ CHIPS = {
     "v5p": ("v5p:2x2x1", 1.75e9, 459e12, 2765e9),
     "v6e": ("v6e:2x2", 1.75e9, 918e12, 1640e9),
 }
-BEST = {"vision": 256, "decoder": 512, "decoder_7b": 512}
-PARTS = {"vision": "vision", "decoder": "llm"}  # whose efficiency `aot` takes for which module
-TABLE = Path(__file__).parents[2] / "vlmjax/aot/efficiency.json"
-BLOCKS = {"vision": (128, 256, 512), "decoder": (256, 512, 1024), "decoder_7b": (256, 512, 1024)}
+BEST = {"vision": 256, "image": 256, "decoder": 512, "decoder_7b": 512}
+TABLE = Path(__file__).parents[2] / "vlmjax/kernels/attention/blocks.json"
+TABLED = {"image": "72", "decoder": "128 causal"}
+BLOCKS = {
+    name: (256, 512, 1024) if causal else (128, 256, 512) for name, (*_, causal, _) in CASES.items()
+}
 KERNELS = {
     "forward": "segment_attention_forward.1",
     "backward": "segment_attention_backward.1",
@@ -45,7 +50,7 @@ KERNELS = {
 }
 
 
-def listing(segment, block, causal, by_key):
+def listing(slots, segment, block, causal, by_key):
     """Returns (function position -> entry, length) of the list for equal segments."""
     import jax.numpy as jnp
 
@@ -71,10 +76,10 @@ def listing(segment, block, causal, by_key):
             chosen = entries[0]
         return jnp.int32(chosen + p // len(pairs) * r * ((1 << kernel.BITS) + 1))
 
-    return entry, SLOTS // max(segment, block) * len(pairs)
+    return entry, slots // max(segment, block) * len(pairs)
 
 
-def ours(case, block, direction, cores):
+def ours(case, block, direction, cores, slots):
     """Returns (function to compile, the shapes of its arguments)."""
     import jax
     import jax.numpy as jnp
@@ -84,27 +89,27 @@ def ours(case, block, direction, cores):
     from vlmjax.kernels.attention.api import AttentionSpec
 
     heads, kv_heads, size, causal, segment = CASES[case]
-    entry, length = listing(segment, block, causal, direction == "backward")
+    entry, length = listing(slots, segment, block, causal, direction == "backward")
     work = worklist.Work(entry, tuple(length * c // cores for c in range(cores + 1)))
     spec = AttentionSpec("pallas_tpu", block, segment)
 
     def run(q, k, v, g, segments, angles):
         turns = ((jnp.cos(angles), jnp.sin(angles)),) * 2
-        met = jnp.ones((1, cores, SLOTS // block), bool)
+        met = jnp.ones((1, cores, slots // block), bool)
         plan = worklist.Plan(segments, segments, jnp.zeros(1, jnp.int32), work, work, met)
         if direction == "forward":
             return kernel._forward(q, k, v, plan, turns, spec, causal)[0]
         step = kernel._heads(heads, kv_heads, size)
-        lse = jnp.zeros((kv_heads // step[1], step[0], 1, SLOTS))
-        out = g.reshape(1, -1, SLOTS)
+        lse = jnp.zeros((kv_heads // step[1], step[0], 1, slots))
+        out = g.reshape(1, -1, slots)
         return kernel._backward(spec, causal, (q, k, v, plan, turns, out, lse), g)[:3]
 
-    wide, narrow = ((1, SLOTS, n, size) for n in (heads, kv_heads))
+    wide, narrow = ((1, slots, n, size) for n in (heads, kv_heads))
     arguments = [(x, jnp.bfloat16) for x in (wide, narrow, narrow, wide)]
     return run, [
         *(jax.ShapeDtypeStruct(*x) for x in arguments),
-        jax.ShapeDtypeStruct((1, SLOTS), jnp.int32),
-        jax.ShapeDtypeStruct((1, size // 2, SLOTS), jnp.float32),
+        jax.ShapeDtypeStruct((1, slots), jnp.int32),
+        jax.ShapeDtypeStruct((1, size // 2, slots), jnp.float32),
     ]
 
 
@@ -123,7 +128,7 @@ def splash(case, block):
     heads, kv_heads, size, _, _ = CASES[case]
     group = heads // kv_heads
     sizes = BlockSizes(block_q=block, block_kv=block, block_kv_compute=min(block, 512))
-    slots = SPLASH_SLOTS
+    slots = SHORT
     mask = MultiHeadMask([FullMask((slots, slots))] * group)
     kernel = make_splash_mqa_single_device(mask, block_sizes=sizes)
     # Without lists of blocks it visits every one, and has no scalars that a simulator cannot read.
@@ -138,7 +143,7 @@ def splash(case, block):
     return run, [q, k, k, jax.ShapeDtypeStruct((slots,), jnp.int32)]
 
 
-def compile_one(chip, case, block, direction):
+def compile_one(chip, case, block, direction, slots):
     """Compiles one kernel, in a process that libtpu was told to simulate it in."""
     import jax
     import numpy as np
@@ -150,46 +155,52 @@ def compile_one(chip, case, block, direction):
     if direction == "splash":
         run, shapes = splash(case, block)
     else:
-        run, shapes = ours(case, block, direction, device.num_cores)
+        run, shapes = ours(case, block, direction, device.num_cores, slots)
     with jax.set_mesh(mesh):
         where = NamedSharding(mesh, PartitionSpec())
         jax.jit(run, in_shardings=where).lower(*shapes).compile()
 
 
-def report(chip, case, block, direction):
+def report(chip, case, block, direction, slots=SLOTS):
     """Returns the JSON line of one kernel."""
     heads, _, size, causal, segment = CASES[case]
     _, clock, peak, hbm = CHIPS[chip]
-    arguments = ("--one", chip, case, str(block), direction)
+    arguments = ("--one", chip, case, str(block), direction, str(slots))
     cycles = simulated_cycles(__file__, [KERNELS[direction]], *arguments)[KERNELS[direction]]
     if direction == "splash":  # the block pairs that a causal mask leaves of the square
         n = SLOTS // block
         pairs, products = n * (n + 1) // 2 if causal else n * n, 2
-        cycles = cycles * pairs // (SPLASH_SLOTS // block) ** 2
+        cycles = cycles * pairs // (SHORT // block) ** 2
     else:
         pairs, products = (
-            listing(segment, block, causal, False)[1],
+            listing(slots, segment, block, causal, False)[1],
             2 if direction == "forward" else 5,
         )
     line = dict(chip=chip, case=case, block=block, kernel=direction, cycles=cycles)
     seconds, flops = cycles / clock, pairs * block**2 * heads * size * 2 * products
     line |= dict(ms=round(seconds * 1e3, 3), at_peak=round(flops / peak / seconds, 3))
     if direction != "splash":
-        line["efficiency"] = round(roofline(case, block, products, flops, peak, hbm) / seconds, 3)
+        line["pair_cycles"] = round(cycles / pairs / heads, 1)
     return line
 
 
-def roofline(case, block, products, flops, peak, hbm):
-    """Returns the seconds that the kernel's `CostEstimate` stands for when it counts `flops`."""
-    from vlmjax.kernels.attention import pallas_tpu as kernel
+def table(chips):
+    """Writes the cycles of a pair of blocks and a head of the chips into `TABLE`."""
+    import jax
+    from jax.experimental import topologies
 
-    heads, kv_heads, size, causal, _ = CASES[case]
-    step = kernel._heads(heads, kv_heads, size)
-    n = SLOTS // block
-    cost = kernel._cost(
-        kernel._Sizes(block, 1, n, n, kv_heads // step[1], *step, size, causal, 0), products
-    )
-    return max(flops / peak, flops / cost.flops * cost.bytes_accessed / hbm)
+    jax.config.update("jax_platforms", "cpu")
+    found = json.loads(TABLE.read_text())
+    for chip in chips:
+        kind = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip][0]).devices[0]
+        rows = found[kind.device_kind] = {}
+        for case, name in TABLED.items():
+            for block in BLOCKS[case]:
+                lines = [report(chip, case, block, d, SHORT) for d in ("forward", "backward")]
+                print(json.dumps(lines), flush=True)
+                rows.setdefault(name, {})[str(block)] = [line["pair_cycles"] for line in lines]
+        text = json.dumps(found, indent=1)
+        TABLE.write_text(re.sub(r"\[\s+([\d.]+),\s+([\d.]+)\s+\]", r"[\1, \2]", text) + "\n")
 
 
 def main():
@@ -199,25 +210,21 @@ def main():
     parser.add_argument("--rivals", action="store_true")
     parser.add_argument("--blocks", action="store_true")
     parser.add_argument("--table", action="store_true")
-    parser.add_argument("--one", nargs=4)
+    parser.add_argument("--one", nargs=5)
     args = parser.parse_args()
     if args.one:
-        chip, case, block, direction = args.one
-        return compile_one(chip, case, int(block), direction)
-    table = json.loads(TABLE.read_text())
+        chip, case, block, direction, slots = args.one
+        return compile_one(chip, case, int(block), direction, int(slots))
+    if args.table:
+        return table(args.chips)
     for chip in args.chips:
         for case in args.cases:
             for block in BLOCKS[case] if args.blocks else (BEST[case],):
                 for direction in ("forward", "backward"):
                     line = report(chip, case, block, direction)
                     print(json.dumps(line), flush=True)
-                    if args.table and case in PARTS:
-                        name = f"{PARTS[case]}/{KERNELS[direction].removesuffix('.1')}"
-                        table.setdefault(chip, {})[name] = line["efficiency"]
             if args.rivals and case != "vision":
                 print(json.dumps(report(chip, case, 1024, "splash")), flush=True)
-    if args.table:
-        TABLE.write_text(json.dumps(table, indent=1) + "\n")
     return None
 
 

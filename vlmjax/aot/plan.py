@@ -2,9 +2,7 @@
 
 import dataclasses
 import importlib.metadata
-import json
 import tempfile
-from importlib.resources import files
 from pathlib import Path
 
 from vlmjax import build, sharding
@@ -12,12 +10,30 @@ from vlmjax.aot import assume, flags, hlo, report
 from vlmjax.aot.compile import compile_step
 from vlmjax.aot.replay import Machine, replay
 from vlmjax.aot.topology import Topology
+from vlmjax.kernels.attention import blocks, pallas_tpu
 from vlmjax.train import flops
 
 
-def efficiencies(chip):
-    """Returns {"part/kernel": share of its roofline reached in simulation} of a chip."""
-    return json.loads((files("vlmjax.aot") / "efficiency.json").read_text()).get(chip, {})
+def efficiencies(model, slice_):
+    """Returns {"part/kernel": share of its roofline that attention reached in simulation}."""
+    compute, device, chip = model.compute, slice_.devices[0], slice_.chip
+    peak, result = flops.peak_flops([device]), {}
+    for part, tower, heads, block, segment in (
+        ("vision", model.vision, "heads", compute.vision_block, compute.vision_segment),
+        ("llm", model.llm, "kv_heads", compute.llm_block, compute.llm_segment),
+    ):
+        if tower is None:
+            continue
+        causal, sizes = part == "llm", (tower.heads, getattr(tower, heads), tower.head_dim)
+        known = blocks.pair_cycles(device.device_kind, tower.head_dim, causal)
+        kind = (tower.head_dim, causal, segment)
+        block = block or blocks.best_block("pallas_tpu", device.device_kind, *kind)
+        for i, name in enumerate(("forward", "backward") if block in known else ()):
+            work, moved = pallas_tpu.pair_cost(*sizes, block, (2, 5)[i])
+            seconds = known[block][i] * tower.heads / chip.clock
+            roofline = max(work / peak, moved / chip.hbm_bandwidth)
+            result[f"{part}/segment_attention_{name}"] = round(roofline / seconds, 3)
+    return result
 
 
 def make_plan(run, name, topology, *, bucket=0, supervised=0.25, options=None, dump=None):
@@ -61,7 +77,7 @@ def make_plan(run, name, topology, *, bucket=0, supervised=0.25, options=None, d
                 topology=slice_,
                 mesh=mesh,
                 peak=flops.peak_flops(slice_.devices) / chips,
-                efficiency=efficiencies(slice_.kind),
+                efficiency=efficiencies(run.model, slice_),
                 dynamic_trips=assume.loop_trips(mix, run, budget, mesh),
             )
             module = hlo.parse(program_text(folder))

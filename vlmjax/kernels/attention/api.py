@@ -27,8 +27,8 @@ class AttentionSpec(NamedTuple):
 
     Attributes:
       kind: a key of `KINDS`, or "auto" for that of the platform of the mesh in use.
-      block: slots in a block; 0 = that of `blocks.BLOCKS`.
-      segment: expected length of a segment, for cost estimates only; 0 = the whole row.
+      block: slots in a block; 0 = `blocks.best_block`.
+      segment: expected length of a segment, for the block and for cost estimates; 0 = unknown.
     """
 
     kind: str = "auto"
@@ -51,7 +51,7 @@ class AttentionSpec(NamedTuple):
         kind = self.kind
         if kind == "auto":
             kind = OF_PLATFORM.get(device.platform, "blockwise")
-        block = self.block or best_block(kind, device.device_kind, size, causal)
+        block = self.block or best_block(kind, device.device_kind, size, causal, self.segment)
         return self._replace(kind=kind, block=block)
 
 

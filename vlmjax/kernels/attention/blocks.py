@@ -1,9 +1,13 @@
-"""The block size of each kernel, chip and shape."""
+"""The block size of each kernel, chosen by what pairs of blocks cost on the chip."""
 
-# (device kind, head size, causal) -> block, by simulated cycles:
-# python tests/benchmarks/attention_cycles.py --blocks
-BLOCKS = {}
-# Otherwise, by kind: (bidirectional, causal).
+import json
+from importlib.resources import files
+
+# {device kind: {"128 causal": {block: [forward, backward]}}}: cycles of the chip for a pair of
+# blocks and a head of 128 channels, simulated by
+# python tests/benchmarks/attention_cycles.py --table
+TABLE = json.loads((files("vlmjax.kernels.attention") / "blocks.json").read_text())
+# Elsewhere, by kind: (bidirectional, causal).
 DEFAULTS = {
     "ref": (1, 1),
     "blockwise": (256, 512),
@@ -12,8 +16,24 @@ DEFAULTS = {
 }
 
 
-def best_block(kind, device_kind, size, causal):
-    """Returns the block for heads of `size` channels on a device."""
-    if kind == "pallas_tpu" and (device_kind, size, causal) in BLOCKS:
-        return BLOCKS[device_kind, size, causal]
-    return DEFAULTS[kind][causal]
+def pair_cycles(device_kind, size, causal):
+    """Returns {block: (forward, backward)} of the simulated head size next to `size`, or {}."""
+    sizes = {
+        int(name.split()[0]): known
+        for name, known in TABLE.get(device_kind, {}).items()
+        if causal == name.endswith("causal")
+    }
+    nearest = min(sizes, key=lambda x: abs(x - size), default=None)
+    return {int(block): tuple(x) for block, x in sizes.get(nearest, {}).items()}
+
+
+def best_block(kind, device_kind, size, causal, segment):
+    """Returns the block for heads of `size` channels and segments of about `segment` slots.
+
+    A slot of a segment meets on average the keys of its segment and of one block more: small blocks
+    for short segments, large ones, which fill the matrix units, for long segments.
+    """
+    known = pair_cycles(device_kind, size, causal) if kind == "pallas_tpu" else {}
+    if not known:
+        return DEFAULTS[kind][causal]
+    return min(known, key=lambda b: sum(known[b]) * ((segment or 65536) + b) / b**2)

@@ -294,14 +294,20 @@ def _cost(s, products):
     keys = s.m * s.block
     seen = min(s.segment or keys, keys)
     slots = s.rows * s.n * s.block * min(seen + s.block, keys) / (2 if s.causal else 1)
-    heads = s.groups * s.heads
+    heads, kv_heads = s.groups * s.heads, s.groups * s.kv_heads
     pairs = slots / s.block**2
-    blocks = s.block * s.size * 2 * (heads * (products + 1) // 2 + 2 * s.groups * s.kv_heads)
+    flops, moved = pair_cost(heads, kv_heads, s.size, s.block, products)
     return pl.CostEstimate(
-        flops=int(2 * products * slots * s.size * heads),
+        flops=int(pairs * flops),
         transcendentals=int(slots * heads),
-        bytes_accessed=int(pairs * blocks),
+        bytes_accessed=int(pairs * moved),
     )
+
+
+def pair_cost(heads, kv_heads, size, block, products):
+    """Returns (FLOPs, bytes) of a pair of blocks: 2 products forward, 5 backward."""
+    moved = block * size * 2 * (heads * (products + 1) // 2 + 2 * kv_heads)
+    return 2 * products * block**2 * size * heads, moved
 
 
 def _call(kernel, s, work, start, inputs, turns, outputs, scratch, products, name):
