@@ -5,7 +5,8 @@ import re
 from typing import NamedTuple
 
 import jax
-from jax.sharding import AxisType, NamedSharding
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "seq", "tensor")
@@ -40,7 +41,12 @@ def make_mesh(data=-1, fsdp=1, seq=1, tensor=1, devices=None):
             f"{len(devices)} devices; the sizes must multiply to that number "
             "(one may be -1 for the rest)"
         )
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # an axis must take a part of a dimension of the slice
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(grid, AXES, axis_types=types)
 
 
 def spec_of(path, axes, shape, mesh):

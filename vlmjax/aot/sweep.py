@@ -1,6 +1,5 @@
 """Plans of many variants of a run, each compiled in a process of its own."""
 
-import contextlib
 import itertools
 import json
 import re
@@ -18,18 +17,13 @@ GiB = 2**30
 ROWS = (1, 2, 4)  # of a shard of rows
 
 
-def meshes(devices):
-    """Returns the meshes to try: FSDP over all chips, or copies of it, with and without tensor.
-
-    Left out are those whose axes cannot follow the dimensions of the slice.
-    """
-    found = []
+def meshes(devices, own):
+    """Returns the meshes to try: the run's own, FSDP over all chips, copies of it, with tensor."""
+    found = [own]
     for tensor, data in itertools.product((1, 2, 4), (1, 4, 16)):
         if len(devices) % (tensor * data) == 0:
             sizes = dict(data=data, fsdp=len(devices) // tensor // data, seq=1, tensor=tensor)
-            with contextlib.suppress(NotImplementedError):
-                sharding.make_mesh(**sizes, devices=devices)
-                found.append(sizes)
+            found += [sizes] if sizes != own else []
     return found
 
 
@@ -50,7 +44,7 @@ def candidates(run, devices, over):
     remats = sorted(REMAT, key=lambda name: name != "full") if "remat" in over else [compute.remat]
     result = []
     own = dict(sharding.make_mesh(**run.mesh, devices=devices).shape)
-    for mesh in meshes(devices) if "mesh" in over else [own]:
+    for mesh in meshes(devices, own) if "mesh" in over else [own]:
         shards = len(devices) // (mesh["seq"] * mesh["tensor"]) * run.train.accumulate
         rows = [n * shards for n in ROWS] if "rows" in over else [run.train.rows]
         result += [dict(mesh=mesh, remat=x, rows=n) for n, x in itertools.product(rows, remats)]
