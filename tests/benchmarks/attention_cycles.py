@@ -40,9 +40,7 @@ CHIPS = {
 BEST = {"vision": 256, "image": 256, "decoder": 512, "decoder_7b": 512}
 TABLE = Path(__file__).parents[2] / "vlmjax/kernels/attention/blocks.json"
 TABLED = {"image": "72", "decoder": "128 causal"}
-BLOCKS = {
-    name: (256, 512, 1024) if causal else (128, 256, 512) for name, (*_, causal, _) in CASES.items()
-}
+BLOCKS = (256, 512)
 KERNELS = {
     "forward": "segment_attention_forward.1",
     "backward": "segment_attention_backward.1",
@@ -195,7 +193,7 @@ def table(chips):
         kind = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip][0]).devices[0]
         rows = found[kind.device_kind] = {}
         for case, name in TABLED.items():
-            for block in BLOCKS[case]:
+            for block in BLOCKS:
                 lines = [report(chip, case, block, d, SHORT) for d in ("forward", "backward")]
                 print(json.dumps(lines), flush=True)
                 rows.setdefault(name, {})[str(block)] = [line["pair_cycles"] for line in lines]
@@ -219,7 +217,7 @@ def main():
         return table(args.chips)
     for chip in args.chips:
         for case in args.cases:
-            for block in BLOCKS[case] if args.blocks else (BEST[case],):
+            for block in BLOCKS if args.blocks else (BEST[case],):
                 for direction in ("forward", "backward"):
                     line = report(chip, case, block, direction)
                     print(json.dumps(line), flush=True)
