@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlmjax.kernels.attention import api, blockwise, ref
+from vlmjax.kernels.attention import api, blocks, blockwise, ref
 
 LAYOUTS = {
     "one": [40],
@@ -117,3 +117,15 @@ def test_unknown_kind_is_refused():
 
 def test_auto_is_the_kind_of_the_platform():
     assert api.AttentionSpec().resolve(64, True) == ("blockwise", 512, 0)
+
+
+def test_blocks_follow_the_segments():
+    """Small ones where a block would reach far beyond a segment, large ones in long segments."""
+    for chip in blocks.TABLE:
+        chosen = [blocks.best_block("pallas_tpu", chip, 128, True, n) for n in (64, 512, 65536, 0)]
+        assert chosen == sorted(chosen) and chosen[0] < chosen[-1] == 512
+        near = blocks.pair_cycles(chip, 80, False)
+        assert near == blocks.pair_cycles(chip, 72, False) != blocks.pair_cycles(chip, 72, True)
+    assert blocks.pair_cycles("TPU v9", 128, True) == {}
+    assert blocks.best_block("pallas_tpu", "TPU v9", 128, True, 64) == 512
+    assert blocks.best_block("blockwise", "cpu", 128, False, 64) == 256
