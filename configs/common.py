@@ -6,10 +6,11 @@
 # they are what is spread first; where there are more chips than rows, seq shares out a row.
 SLICES = {
     "v5e-16": dict(mesh=dict(fsdp=16), remat="attention", vision_remat="attention"),
-    "v6e-16": dict(mesh=dict(fsdp=16), remat="dots", vision_remat="attention"),
+    "v6e-16": dict(mesh=dict(fsdp=16), remat="attention", vision_remat="attention"),
     "v6e-256": dict(mesh=dict(fsdp=64, seq=4), remat="dots", vision_remat="attention"),
     "v5p-32": dict(mesh=dict(fsdp=16), remat="dots", vision_remat="dots"),
     "v5p-64": dict(mesh=dict(fsdp=32), remat="dots", vision_remat="dots"),
+    "h200-1": dict(mesh=dict(), remat="dots", vision_remat="dots"),
     "h200-8": dict(mesh=dict(fsdp=8), remat="dots", vision_remat="dots"),
 }
 

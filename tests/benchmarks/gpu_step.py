@@ -70,7 +70,7 @@ def make_run(args):
     from configs import videollama3
     from vlmjax import build
 
-    config = videollama3.get_config("size=2b,stage=2")
+    config = videollama3.get_config("size=2b,stage=2,slice=h200-1")
     with config.unlocked():
         if args.size == "tiny":
             for name, sizes in TINY.items():
@@ -78,6 +78,7 @@ def make_run(args):
         config.model.compute.update(
             dtype="bfloat16" if args.device == "cuda" else "float32",
             remat=args.remat,
+            vision_remat=args.remat,
             attention=args.attention,
             vision_block=args.vision_block,
             llm_block=args.llm_block,
