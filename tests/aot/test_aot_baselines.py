@@ -1,4 +1,7 @@
-"""What steps were estimated to need and take when last improved (jax 0.10.2, libtpu 0.0.51)."""
+"""What steps were estimated to need and take when last improved (jax 0.10.2, libtpu 0.0.51).
+
+That of VideoLLaMA3 compiles for minutes: pytest -m long tests/aot/test_aot_baselines.py
+"""
 
 import importlib
 
@@ -29,7 +32,17 @@ BASELINES = {
 LEAST_MFU = 0.50  # of VideoLLaMA3 on v5p
 
 
-@pytest.mark.parametrize("what", BASELINES, ids=lambda what: " ".join(map(str, what[:3])))
+@pytest.mark.parametrize(
+    "what",
+    [
+        pytest.param(
+            what,
+            marks=pytest.mark.long if what[0] == "videollama3" else (),
+            id=" ".join(what[:3]),
+        )
+        for what in BASELINES
+    ],
+)
 def test_plans_do_not_get_worse(what):
     config, argument, topology, supervised = what
     run = build.resolve(importlib.import_module(f"configs.{config}").get_config(argument))

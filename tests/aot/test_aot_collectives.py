@@ -6,7 +6,6 @@ import pytest
 from flax import nnx
 
 from configs import text_qwen2_5
-from configs.common import SLICES
 from vlmjax import build, sharding
 from vlmjax.aot import flags, hlo, replay
 from vlmjax.aot.compile import no_cache
@@ -90,7 +89,7 @@ def test_the_tower_sends_its_gradient_once(trained, tmp_path):
     assert sum(row["bytes"] / row["count"] for row in found) < 0.35 * GiB  # a loop counted once
 
 
-@pytest.mark.parametrize("name", ["v5p-32", "v5p-64", "v5p-128"])
+@pytest.mark.parametrize("name", ["v5p-32", "v5p-128"])
 def test_no_weight_is_all_reduced_in_the_forward_pass(name, tmp_path):
     """FSDP gathers them. On a torus (v5p-128) one axis was seen to zero-pad and reduce instead."""
     config = text_qwen2_5.get_config("size=1.5b")
@@ -98,7 +97,7 @@ def test_no_weight_is_all_reduced_in_the_forward_pass(name, tmp_path):
         vocab=151936, width=1536, mlp=8960, layers=2, heads=12, kv_heads=2, head_dim=128
     )
     slice_ = Topology(name)
-    sizes = SLICES[name]["mesh"] if name in SLICES else dict(fsdp=64)
+    sizes = dict(fsdp=len(slice_.devices))
     config.train.rows = len(slice_.devices)
     mesh = sharding.make_mesh(**dict(data=1) | sizes, devices=slice_.devices)
     run = build.resolve(config)

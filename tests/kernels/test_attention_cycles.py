@@ -7,8 +7,6 @@ from benchmarks.attention_cycles import SHORT, SLOTS, report
 BASELINES = {
     ("v5e", "vision", 256, "forward", SLOTS): (464_200, 0.60),
     ("v5e", "vision", 256, "backward", SLOTS): (803_000, 1.00),
-    ("v5p", "vision", 256, "forward", SLOTS): (239_100, 0.15),
-    ("v5p", "vision", 256, "backward", SLOTS): (405_900, 0.26),
     # A quarter of an eighth of splash, which takes 5.86 ms for a row.
     ("v5e", "decoder", 256, "forward", SHORT): (243_800, 0.73 / 4),
 }
