@@ -297,7 +297,11 @@ def test_random_init_is_said_in_three_ways(tmp_path):
     [
         ("videollama3", "size=3b", r"size='3b', stage=1: size is one of \['2b', '7b'\]"),
         ("videollama3", "stage=5", r"stage=5: size is one of .*, stage one of 1, 2, 3, 4"),
-        ("videollama3", "stge=1", r"argument 'stge' is unknown; allowed are \['size', 'slice', 'stage'\]"),
+        (
+            "videollama3",
+            "stge=1",
+            r"argument 'stge' is unknown; allowed are \['size', 'slice', 'stage'\]",
+        ),
         ("videollama3", "stage=one", r"argument stage='one' must be a int"),
         ("demo", "stage=5", r"stage=5 is not allowed; choose one of \[0, 1, 2, 3, 4\]"),
         ("demo", "scale=fast", r"argument scale='fast' must be a float"),
