@@ -10,7 +10,6 @@ import importlib.util
 import sys
 
 OPERATORS = ("nms", "qnms")  # those that torchvision registers without looking whether they exist
-_libraries = []  # a declaration lives as long as its library object
 
 
 def install() -> bool:
@@ -27,10 +26,9 @@ def install() -> bool:
             raise
         import torch
 
-        library = torch.library.Library("torchvision", "FRAGMENT")
         for name in OPERATORS:
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _libraries.append(library)
+            schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            torch.library.define(f"torchvision::{name}", schema)
         for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
             del sys.modules[name]
         importlib.import_module("torchvision")
