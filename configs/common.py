@@ -1,9 +1,10 @@
 """What configs share. Imports nothing of the library."""
 
 # Slices by their Cloud names (of a v5p half the number are chips), and hosts of GPUs: how a run is
-# spread over them and what its backward pass may keep of the decoder and of the vision tower, so
-# that every stage of a 2B model fits (of 7B: v5p-64, v6e-256, h200-8). Rows are independent, so
-# they are what is spread first; where there are more chips than rows, seq shares out a row.
+# spread over them and what its backward pass may keep of the decoder and of the vision tower.
+# Planned with `aot`: 2B fits the first two and v5p-32, 7B fits v5p-64 and v6e-256; for GPUs nothing
+# was planned. Rows are independent, so they are what is spread first; where there are more chips
+# than rows, seq shares out a row.
 SLICES = {
     "v5e-16": dict(mesh=dict(fsdp=16), remat="attention", vision_remat="attention"),
     "v6e-16": dict(mesh=dict(fsdp=16), remat="attention", vision_remat="attention"),

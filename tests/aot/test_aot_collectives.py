@@ -90,7 +90,7 @@ def test_the_tower_sends_its_gradient_once(trained, tmp_path):
     assert sum(row["bytes"] / row["count"] for row in found) < 0.35 * GiB  # a loop counted once
 
 
-@pytest.mark.parametrize("name", ["v5p-32", "v5p-128"])
+@pytest.mark.parametrize("name", ["v5p-32", "v5p-64", "v5p-128"])
 def test_no_weight_is_all_reduced_in_the_forward_pass(name, tmp_path):
     """FSDP gathers them. On a torus (v5p-128) one axis was seen to zero-pad and reduce instead."""
     config = text_qwen2_5.get_config("size=1.5b")

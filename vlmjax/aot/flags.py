@@ -28,6 +28,7 @@ SPARSE_CORE = tuple(
 
 
 def scoped_vmem(kib, seen):
+    """Returns the row of the limit on what one operation may hold in VMEM."""
     return (
         "xla_tpu_scoped_vmem_limit_kib",
         kib,

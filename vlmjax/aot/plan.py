@@ -18,16 +18,16 @@ def efficiencies(model, slice_):
     """Returns {"part/kernel": share of its roofline that attention reached in simulation}."""
     compute, device, chip = model.compute, slice_.devices[0], slice_.chip
     peak, result = flops.peak_flops([device]), {}
-    for part, tower, heads, block, segment in (
-        ("vision", model.vision, "heads", compute.vision_block, compute.vision_segment),
-        ("llm", model.llm, "kv_heads", compute.llm_block, compute.llm_segment),
+    for part, tower, block, segment in (
+        ("vision", model.vision, compute.vision_block, compute.vision_segment),
+        ("llm", model.llm, compute.llm_block, compute.llm_segment),
     ):
         if tower is None:
             continue
-        causal, sizes = part == "llm", (tower.heads, getattr(tower, heads), tower.head_dim)
-        known = blocks.pair_cycles(device.device_kind, tower.head_dim, causal)
-        kind = (tower.head_dim, causal, segment)
-        block = block or blocks.best_block("pallas_tpu", device.device_kind, *kind)
+        sizes = tower.heads, getattr(tower, "kv_heads", tower.heads), tower.head_dim
+        shape = device.device_kind, tower.head_dim, part == "llm"
+        known = blocks.pair_cycles(*shape)
+        block = block or blocks.best_block("pallas_tpu", *shape, segment)
         for i, name in enumerate(("forward", "backward") if block in known else ()):
             work, moved = pallas_tpu.pair_cost(*sizes, block, (2, 5)[i])
             seconds = known[block][i] * tower.heads / chip.clock
