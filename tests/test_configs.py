@@ -61,7 +61,7 @@ def test_resolves_and_lowers_at_full_size(name, arg):
         )
         batch = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype),
-            empty_batch(1, budget, run.model.patch_dim),
+            empty_batch(1, budget, run.model.form),
         )
         step = make_train_step(graphdef, OBJECTIVES[run.objective], optimizer, run.train.accumulate)
         lowered = jax.jit(step, donate_argnums=0).lower(state, batch)

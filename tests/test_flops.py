@@ -33,7 +33,7 @@ def test_count_equals_that_of_xla(tmp_path, which):
     sample.labels[:] = sample.tokens  # every slot is supervised, the dense head counts them all
     patches = len(sample.items[0].patches)
     budget = Budget(len(sample.tokens), patches, patches, 1)
-    batch, stats = pack([[sample]], budget, run.model.vision.patch_dim)
+    batch, stats = pack([[sample]], budget, run.model.form)
 
     graphdef, shapes, _ = build.abstract(run.model)
     lrs = resolve_lr(TABLES[which], shapes)

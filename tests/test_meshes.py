@@ -36,7 +36,7 @@ CODE = """
 import jax, numpy as np, sys
 from flax import nnx
 from vlmjax import sharding
-from vlmjax.batch import Budget, empty_batch
+from vlmjax.batch import Budget, Form, empty_batch
 from vlmjax.connectors.mlp import MLPConfig
 from vlmjax.llm.decoder import DecoderConfig
 from vlmjax.objectives.sft import sft
@@ -49,7 +49,7 @@ cfg = VLMConfig(
     Compute(vision_block=8, llm_block=8, loss_chunk=16, loss_columns=24),
 )
 rng = np.random.default_rng(0)
-batch = empty_batch(8, Budget(32, 64, 16, 4), 48)
+batch = empty_batch(8, Budget(32, 64, 16, 4), Form((48,)))
 for r in range(8):
     n = rng.integers(3, 20)
     batch.segments[r, :n], batch.segments[r, n:30] = 1, 2
@@ -57,10 +57,11 @@ for r in range(8):
     batch.tokens[r], batch.targets[r] = rng.integers(0, 64, (2, 32))
     batch.weights[r, :30] = rng.random(30) * (rng.random(30) < 0.5) / 60
     batch.source[r, 2:10] = np.arange(8)
-    batch.windows[r, :12] = np.arange(48).reshape(12, 4)
-    batch.patch_segments[r, :20], batch.patch_segments[r, 20:48] = 1, 2
-    batch.patches[r] = rng.integers(0, 255, (64, 48))
-    batch.patch_coords[r] = rng.integers(0, 8, (64, 2))
+    batch.units[0].index[r, :12] = np.arange(48).reshape(12, 4)
+    patches = batch.patches[0]
+    patches.segments[r, :20], patches.segments[r, 20:48] = 1, 2
+    patches.pixels[r] = rng.integers(0, 255, (64, 48))
+    patches.coords[r] = rng.integers(0, 8, (64, 2))
 model = VLM(cfg, rngs=nnx.Rngs(0))
 graphdef, params = unbind(model)
 

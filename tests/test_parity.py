@@ -17,7 +17,7 @@ from hf_reference import VARIANTS, reference_model
 from safetensors.numpy import save_file
 
 from vlmjax import hf, vlm
-from vlmjax.batch import Budget
+from vlmjax.batch import Budget, Form
 from vlmjax.data.pack import pack, size
 from vlmjax.data.processor import Processor, ProcessorConfig
 from vlmjax.data.sample import Item, Sample
@@ -76,7 +76,8 @@ def _samples():
 def _batch(rows):
     """Rows of samples in the smallest common budget, with some padding in every row."""
     sizes = np.array([np.sum([size(s) for s in row], axis=0) for row in rows]).max(0)
-    return jax.tree.map(jnp.asarray, pack(rows, Budget(*(int(n) + 3 for n in sizes)), 588)[0])
+    budget = Budget(*(int(n) + 3 for n in sizes[:3]))
+    return jax.tree.map(jnp.asarray, pack(rows, budget, Form((588,)))[0])
 
 
 def _model(directory):
@@ -188,8 +189,8 @@ def test_golden_videollama3(tmp_path):
     @jax.jit
     def run(model, batch):
         spec = vlm.AttentionSpec(model.cfg.compute.attention, model.cfg.compute.vision_block)
-        patches = batch.patches, batch.patch_coords, batch.patch_segments
-        merged = vlm.merge_windows(model.vision(*patches, attention=spec), batch.windows)
+        features = model.vision(batch.patches[0], attention=spec)
+        merged = units.mean(*units.gather(features, batch.units[0].index))
         hidden = model.decode(model.embed(batch, model.connector(merged)), batch)
         return merged, model.connector(merged), model.llm.logits(hidden)
 

@@ -35,7 +35,7 @@ def first_batch(run, rows=None):
             build.make_budgets(run),
             rows or run.train.rows,
             pool=run.data.pool,
-            patch_dim=run.model.vision.patch_dim,
+            form=run.model.form,
             normalisation=run.data.normalisation,
         )
     )
@@ -79,7 +79,7 @@ def test_of_a_frozen_tower_nothing_is_kept_or_differentiated(tmp_path):
     def seen(lr):
         run = build.resolve(tiny_config(tmp_path, lr=lr))
         ops = [(shape, name) for shape, name in compiled_ops(run) if re.search(r"\bvision\b", name)]
-        vision, (_, patches, *_) = run.model.vision, build.make_budgets(run)[0]
+        vision, (patches,) = run.model.vision, build.make_budgets(run)[0].patches
         rows = run.train.rows
         stacks = rf"\[{vision.layers},(1,)?({rows},{patches}|{rows * patches}),"
         return (

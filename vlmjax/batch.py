@@ -15,35 +15,135 @@ another row. Example of one row with T=12, P=9, U=3 and merge size 2 holding an 
     targets     .    .     .    .   . cat <e>  .  | <e> .  | . .      the next token (shifted)
     weights     0    0     0    0   0  1   1   0  |  1  0  | 0 0      of each target in the loss
 
-    patch_segments  1 1 1 1 1 1 1 1 0       one segment per image, frame or tile
-    windows         (0 1 2 3) (4 5 6 7) (-1 -1 -1 -1)   the patches that form each kept visual token
+    patches.segments  1 1 1 1 1 1 1 1 0     one segment per image, frame or tile
+    units.index       (0 1 2 3) (4 5 6 7) (-1 -1 -1 -1)   the patches that form each kept visual token
+
+Each encoder has its own patch buffer (Cambrian-1 has four), each source of the connector its own
+units: what a connector maps at once, a window of patches or a whole picture. The learned vectors of
+a connector (an image's newline, the marks of its begin and end) follow the visual tokens.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
 
 
-class Budget(NamedTuple):
-    """Slots of each row: T tokens, P patches, U visual tokens of at most `group` patches each."""
+class Patches(NamedTuple):
+    """The packed patches of one encoder, with slots for its class and register tokens."""
+
+    pixels: np.ndarray  # u8[B, P, C*p*p]; raw, normalised on the device
+    segments: np.ndarray  # i32[B, P]; 1, 2, ... in order, 0 = padding at the end
+    coords: np.ndarray  # f32[B, P, 2]; row and column, -1 - k before the k-th prefix token
+
+
+class Units(NamedTuple):
+    """What one source gives the connector, or visual tokens that are pooled after it."""
+
+    index: np.ndarray  # i32[B, U, G]; slots of the encoder's output, -1 = none
+    weights: np.ndarray | None = None  # f32[B, U, G]
+    size: np.ndarray | None = None  # i32[B, U, 2]; rows and columns of the unit
+
+
+class Routed(NamedTuple):
+    """The token slots that parameters of their own serve (visual experts, in-decoder SVA)."""
+
+    slots: np.ndarray  # i32[B, W]; -1 = none
+    index: np.ndarray  # i32[B, T]; index into W, or -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What the batches of a model hold, whatever their budgets.
+
+    Attributes:
+      patch_dims: values in a patch row of each encoder.
+      encoders: the encoder of each source of the connector.
+      weighted, sized: whether the units of each source carry weights, and sizes.
+      groups: (sources, tokens): the connector maps the units of these sources together, each unit
+        to so many visual tokens; those of the first group come first.
+      pooled: whether visual tokens are pooled after the connector.
+    """
+
+    patch_dims: tuple = ()
+    encoders: tuple = (0,)
+    weighted: tuple = (False,)
+    sized: tuple = (False,)
+    groups: tuple = (((0,), 1),)
+    pooled: bool = False
+
+    def visual(self, budget):
+        """Returns the slots of visual tokens in a row."""
+        if self.pooled:
+            return budget.pool[0]
+        return sum(budget.visual[sources[0]] * tokens for sources, tokens in self.groups)
+
+
+def _tuple(value):
+    return tuple(map(int, value)) if isinstance(value, (tuple, list)) else (int(value),)
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Budget:
+    """Slots of a row. A number in place of a tuple stands for a tuple of one.
+
+    Attributes:
+      tokens: of the decoder.
+      patches: of each encoder, prefix tokens included.
+      visual: units of each source of the connector.
+      group: patches of a unit, at most, of each source.
+      pool: visual tokens after pooling, and how many of them form one at most.
+      routed: tokens served by parameters of their own.
+    """
 
     tokens: int
-    patches: int
-    visual: int
-    group: int = 4
+    patches: tuple
+    visual: tuple
+    group: tuple = (4,)
+    pool: tuple = (0, 0)
+    routed: int = 0
 
-    def check(self):
-        """Returns itself; ValueError when a size is impossible."""
-        if self.tokens < 1 or self.group < 1 or self.patches < 0 or self.visual < 0:
+    def __post_init__(self):
+        for name in ("patches", "visual", "group"):
+            object.__setattr__(self, name, _tuple(getattr(self, name)))
+        if self.tokens < 1 or min(self.group) < 1 or min(self.patches + self.visual) < 0:
             raise ValueError(
                 f"{self} is not a budget: tokens and group must be at least 1, patches and visual "
                 "at least 0 (0 for text-only rows)"
             )
-        if bool(self.patches) != bool(self.visual):
+        if len(self.visual) != len(self.group) or len(set(map(bool, self.limits[1:-2]))) > 1:
             raise ValueError(
-                f"{self}: patches and visual must both be positive, or both 0 for text-only rows"
+                f"{self}: patches and visual must all be positive, or all 0 for text-only rows, "
+                "and visual and group have a number for each source of the connector"
             )
-        return self
+
+    @classmethod
+    def largest(cls, budgets):
+        """Returns the budget whose rows hold what a row of any of these holds."""
+        fields = [f.name for f in dataclasses.fields(cls)]
+        values = {name: [np.asarray(getattr(b, name)) for b in budgets] for name in fields}
+        most = {name: np.max(v, 0).tolist() for name, v in values.items()}
+        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in most.items()})
+
+    @property
+    def limits(self):
+        """The slots that samples share, as `data.pack.size` counts what a sample takes."""
+        return (self.tokens, *self.patches, *self.visual, self.pool[0], self.routed)
+
+    @property
+    def names(self):
+        """Of the entries of `limits`."""
+
+        def numbered(name, values):
+            return [f"{name} of {i}" if len(values) > 1 else name for i in range(len(values))]
+
+        return (
+            "tokens",
+            *numbered("patches", self.patches),
+            *numbered("visual tokens", self.visual),
+            "pooled visual tokens",
+            "routed tokens",
+        )
 
 
 class Batch(NamedTuple):
@@ -54,32 +154,57 @@ class Batch(NamedTuple):
     segments: np.ndarray  # i32[B, T]; 1, 2, ... in order, 0 = padding at the end
     targets: np.ndarray  # i32[B, T]; arbitrary where the weight is 0
     weights: np.ndarray  # f32[B, T]
-    source: np.ndarray  # i32[B, T]; index into U, or -1
-    patches: np.ndarray  # u8[B, P, C*p*p]; raw pixels, normalised on the device
-    patch_segments: np.ndarray  # i32[B, P]; 1, 2, ... in order, 0 = padding at the end
-    patch_coords: np.ndarray  # i32[B, P, 2]; row and column in the image
-    windows: np.ndarray  # i32[B, U, G]; patch indices of each visual token, -1 = none
+    source: np.ndarray  # i32[B, T]; index into visual tokens and, after them, specials; or -1
+    patches: tuple[Patches, ...]  # of each encoder
+    units: tuple[Units, ...]  # of each source of the connector
+    pool: Units | None = None  # of visual tokens
+    routed: Routed | None = None
+
+    @property
+    def has_vision(self):
+        """Whether rows have patch slots; without, no vision tower runs."""
+        return bool(self.patches) and self.patches[0].segments.shape[1] > 0
 
 
-def empty_batch(rows, budget, patch_dim):
+def empty_batch(rows, budget, form):
     """Returns a Batch of padding only, to be filled by the packer or to stand for shapes.
 
     Args:
       rows: B.
       budget: a `Budget`.
-      patch_dim: values in a patch row, C * patch * patch.
+      form: the `Form` of the model's batches.
     """
-    b, (t, p, u, g) = rows, budget.check()
-    zeros = np.zeros
+    b, t = rows, budget.tokens
+
+    def none(*shape):
+        return np.full((b, *shape), -1, np.int32)
+
+    def zeros(*shape, dtype=np.int32):
+        return np.zeros((b, *shape), dtype)
+
     return Batch(
-        tokens=zeros((b, t), np.int32),
-        positions=zeros((b, t), np.int32),
-        segments=zeros((b, t), np.int32),
-        targets=zeros((b, t), np.int32),
-        weights=zeros((b, t), np.float32),
-        source=np.full((b, t), -1, np.int32),
-        patches=zeros((b, p, patch_dim), np.uint8),
-        patch_segments=zeros((b, p), np.int32),
-        patch_coords=zeros((b, p, 2), np.int32),
-        windows=np.full((b, u, g), -1, np.int32),
+        tokens=zeros(t),
+        positions=zeros(t),
+        segments=zeros(t),
+        targets=zeros(t),
+        weights=zeros(t, dtype=np.float32),
+        source=none(t),
+        patches=tuple(
+            Patches(zeros(p, dim, dtype=np.uint8), zeros(p), zeros(p, 2, dtype=np.float32))
+            for p, dim in zip(budget.patches, form.patch_dims, strict=True)
+        ),
+        units=tuple(
+            Units(
+                none(u, g),
+                zeros(u, g, dtype=np.float32) if weighted else None,
+                zeros(u, 2) if sized else None,
+            )
+            for u, g, weighted, sized in zip(
+                budget.visual, budget.group, form.weighted, form.sized, strict=True
+            )
+        ),
+        pool=Units(none(*budget.pool), zeros(*budget.pool, dtype=np.float32))
+        if form.pooled
+        else None,
+        routed=Routed(none(budget.routed), none(t)) if budget.routed else None,
     )

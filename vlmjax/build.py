@@ -247,4 +247,4 @@ def make_data(run):
 
 def make_budgets(run):
     """Returns the `Budget` of every bucket, that of `data.budget` first."""
-    return tuple(Budget(*budget).check() for budget in (run.data.budget, *run.data.buckets))
+    return tuple(Budget(*budget) for budget in (run.data.budget, *run.data.buckets))

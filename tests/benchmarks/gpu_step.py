@@ -121,11 +121,14 @@ def make_samples(args, cfg):
 
 def pack_all(samples, rows, budgets):
     """Returns (bucket, Batch, Stats) of steps that see every sample once."""
+    from vlmjax.batch import Budget, Form
     from vlmjax.data.pack import pack, size
     from vlmjax.data.stream import choose_bucket
 
+    largest = Budget.largest(budgets)
+
     def share(sample):
-        return max(np.divide(size(sample), np.max(budgets, 0)[:3]))
+        return max(np.divide(size(sample), np.maximum(largest.limits, 1)))
 
     waiting, steps = sorted(samples, key=share, reverse=True), []
     while waiting:
@@ -133,18 +136,18 @@ def pack_all(samples, rows, budgets):
         bucket, places = choose_bucket(sizes, budgets, rows, urgent=True)
         placed = list(zip(waiting, places, strict=True))
         chosen = [[s for s, p in placed if p == row] for row in range(rows)]
-        steps.append((bucket, *pack(chosen, budgets[bucket], 588)))
+        steps.append((bucket, *pack(chosen, budgets[bucket], Form((588,)))))
         waiting = [s for s, p in placed if p is None]
     return steps
 
 
 def one_row(samples):
     """Returns (Batch, Stats) of a row as long as it takes."""
-    from vlmjax.batch import Budget
+    from vlmjax.batch import Budget, Form
     from vlmjax.data.pack import pack, size
 
-    budget = Budget(*(int(n) for n in np.sum([size(s) for s in samples], 0)))
-    return pack([samples], budget, 588)
+    budget = Budget(*(int(n) for n in np.sum([size(s) for s in samples], 0)[:3]))
+    return pack([samples], budget, Form((588,)))
 
 
 def make_model(args, run, samples):
@@ -206,7 +209,7 @@ def run_vlmjax(args, run, samples):
         "steps": len(batches),
         "slots": [
             sum(b[1].segments.size for b in batches),
-            sum(b[1].patch_segments.size for b in batches),
+            sum(b[1].patches[0].segments.size for b in batches),
         ],
         "peak_bytes": memory["peak_bytes_in_use"] if memory else None,
         "compile_seconds": round(compile_seconds, 1),
@@ -308,7 +311,7 @@ def count(cfg, samples, slots):
     from vlmjax.train.flops import train_flops
 
     stats = one_row(samples)[1]
-    padded = dataclasses.replace(stats, tokens=slots[0], patches=slots[1] or stats.patches)
+    padded = dataclasses.replace(stats, tokens=slots[0], patches=(slots[1],) if slots[1] else stats.patches)
     real, padded = (sum(train_flops(cfg, s, MODULES).values()) for s in (stats, padded))
     return real, padded, stats.tokens
 

@@ -127,23 +127,23 @@ def timed(step, batches, args):
 
 def pack_rows(samples, rows, share, blocks):
     """Returns packed `Batch`es; a row holds `share` mean samples, at least the largest one."""
-    from vlmjax.batch import Budget
+    from vlmjax.batch import Budget, Form
     from vlmjax.data.pack import first_fit, pack, size
 
     sizes = np.array([size(s) for s in samples])
-    tokens, patches, _ = np.maximum(sizes.max(0), np.ceil(sizes.mean(0) * share)).astype(int)
+    tokens, patches, *_ = np.maximum(sizes.max(0), np.ceil(sizes.mean(0) * share)).astype(int)
     tokens, patches = (
         -(-n // block) * block for n, block in zip((tokens, patches), blocks, strict=True)
     )
     budget = Budget(int(tokens), int(patches), int(patches), 1)
-    waiting = sorted(samples, key=lambda s: -max(np.divide(size(s), budget[:3])))
+    waiting = sorted(samples, key=lambda s: -max(np.divide(size(s), np.maximum(budget.limits, 1))))
     batches = []
     while waiting:
         places = first_fit([size(s) for s in waiting], rows, budget)
         chosen = [
             [s for s, p in zip(waiting, places, strict=True) if p == row] for row in range(rows)
         ]
-        batches.append(pack(chosen, budget, 588)[0])
+        batches.append(pack(chosen, budget, Form((588,)))[0])
         waiting = [s for s, p in zip(waiting, places, strict=True) if p is None]
     return batches
 

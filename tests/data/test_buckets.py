@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vlmjax.batch import Budget
+from vlmjax.batch import Budget, Form
 from vlmjax.data.pack import check_fits
 from vlmjax.data.sample import Item, Sample
 from vlmjax.data.stream import Mixture, choose_bucket, packed_batches
@@ -49,7 +49,7 @@ def process(record):
 
 
 def stream(budgets=(MIXED, TEXT), position=None, pool=POOL):
-    kwargs = dict(pool=pool, patch_dim=DIM, normalisation="token", position=position)
+    kwargs = dict(pool=pool, form=Form((DIM,)), normalisation="token", position=position)
     return packed_batches(MIXTURE, process, budgets, ROWS, **kwargs)
 
 
@@ -84,14 +84,14 @@ def test_fill_of_each_bucket():
     """Both are full; without the second a quarter of text leaves a quarter of the patches empty."""
     mixed, text = ([b for b in steps(MIXED, TEXT) if b.bucket == k] for k in range(2))
     assert len(text) > 40
-    assert {b.batch.patches.shape for b in text} == {(ROWS, 0, DIM)}
+    assert {b.batch.patches[0].pixels.shape for b in text} == {(ROWS, 0, DIM)}
     assert mean(text, "token_fill") > 0.94
     assert mean(mixed, "patch_fill") > 0.94
     assert mean(steps(MIXED), "patch_fill") < 0.75
 
 
 def test_bucket_is_the_one_whose_slots_are_best_used():
-    image, text = (48, 40, 40), (60, 0, 0)
+    image, text = (48, 40, 40, 0, 0), (60, 0, 0, 0, 0)
     both = MIXED, TEXT
     assert choose_bucket([image, text], both, 2) == (0, [0, 1])  # text takes what is free
     assert choose_bucket([image, text, text], both, 2) == (1, [None, 0, 1])
@@ -111,7 +111,7 @@ def test_resumed_stream_equals_the_uninterrupted_one():
 
 def test_a_sample_has_to_fit_one_bucket():
     wide = Budget(52, 64, 64, 4)
-    assert check_fits(make_sample("a", 0, 50), MIXED, wide) == (50, 50, 50)
+    assert check_fits(make_sample("a", 0, 50), MIXED, wide) == (50, 50, 50, 0, 0)
     with pytest.raises(
         ValueError,
         match=r"'b' has 49 patches \(row budget 48\), 49 visual tokens \(row budget 48\); "

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from vlmjax.batch import Budget
-from vlmjax.data.pack import check_fits, first_fit, pack, window_coords
-from vlmjax.data.sample import Item, Sample
+from vlmjax.batch import Budget, Form
+from vlmjax.data.pack import check_fits, first_fit, pack
+from vlmjax.data.sample import Item, Sample, window_coords
 from vlmjax.data.stream import Mixture, packed_batches, prefetch
 
 BUDGET = Budget(24, 16, 8, 4)
@@ -25,20 +25,20 @@ def make_sample(number, merge=1, grid=(2, 2), text=5, keep=None):
 def test_layout_of_a_row():
     one = make_sample(7, merge=2, grid=(2, 4), keep=[False, True])
     two = make_sample(9, merge=1, grid=(1, 2))
-    batch, stats = pack([[one, two]], BUDGET, 12)
+    batch, stats = pack([[one, two]], BUDGET, Form((12,)))
     np.testing.assert_array_equal(batch.segments[0, :14], [1] * 6 + [2] * 7 + [0])
     np.testing.assert_array_equal(batch.positions[0, :13], [*range(6), *range(7)])
     np.testing.assert_array_equal(batch.source[0, :10], [-1, 0, -1, -1, -1, -1, -1, 1, 2, -1])
-    np.testing.assert_array_equal(batch.patch_segments[0, :11], [1] * 8 + [2] * 2 + [0])
+    np.testing.assert_array_equal(batch.patches[0].segments[0, :11], [1] * 8 + [2] * 2 + [0])
     np.testing.assert_array_equal(
-        batch.windows[0, :3], [[4, 5, 6, 7], [8, -1, -1, -1], [9, -1, -1, -1]]
+        batch.units[0].index[0, :3], [[4, 5, 6, 7], [8, -1, -1, -1], [9, -1, -1, -1]]
     )
-    np.testing.assert_array_equal(batch.patch_coords[0, 4:8], [[0, 2], [0, 3], [1, 2], [1, 3]])
+    np.testing.assert_array_equal(batch.patches[0].coords[0, 4:8], [[0, 2], [0, 3], [1, 2], [1, 3]])
     # labels are shifted: the loss at a slot predicts the next token, and never the first of the
     # next sample
     np.testing.assert_array_equal(np.nonzero(batch.weights[0])[0], [2, 3, 4, 9, 10, 11])
     np.testing.assert_array_equal(batch.targets[0, [2, 3, 4]], one.tokens[3:6])
-    assert (stats.visual, stats.visual_before_pruning, stats.patch_pairs) == (3, 4, 64 + 4)
+    assert (stats.visual, stats.visual_before_pruning, stats.patch_pairs) == (3, 4, (64 + 4,))
     assert stats.token_pairs == 36 + 49
 
 
@@ -46,7 +46,7 @@ def test_layout_of_a_row():
 def test_weights_sum_to_one(how):
     short, long = make_sample(1), make_sample(2)
     long.labels[1:] = long.tokens[1:]
-    batch, _ = pack([[short, long], []], BUDGET, 12, how)
+    batch, _ = pack([[short, long], []], BUDGET, Form((12,)), how)
     share = batch.weights[0, :9].sum()
     n = np.array([3, 8])
     want = {"token": n / n.sum(), "sample": np.array([0.5, 0.5]), "sqrt": n**0.5 / (n**0.5).sum()}[
@@ -58,7 +58,7 @@ def test_weights_sum_to_one(how):
 
 def test_unknown_normalisation():
     with pytest.raises(ValueError, match="choose one of"):
-        pack([[]], BUDGET, 12, "mean")
+        pack([[]], BUDGET, Form((12,)), "mean")
 
 
 def test_window_major_order():
@@ -68,7 +68,7 @@ def test_window_major_order():
 
 
 def test_first_fit_takes_the_first_row_with_room():
-    assert first_fit([(20, 1, 1), (10, 1, 1), (4, 1, 1), (24, 1, 1)], 2, BUDGET) == [0, 1, 0, None]
+    assert first_fit([(n, 1, 1, 0, 0) for n in (20, 10, 4, 24)], 2, BUDGET) == [0, 1, 0, None]
 
 
 def test_a_sample_that_fits_no_row_is_refused_with_the_numbers():
@@ -107,7 +107,7 @@ def stream(position=None):
         [BUDGET],
         2,
         pool=12,
-        patch_dim=12,
+        form=Form((12,)),
         normalisation="token",
         position=position,
     )

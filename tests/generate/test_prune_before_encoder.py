@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from vlmjax.batch import Budget
+from vlmjax.batch import Budget, Form
 from vlmjax.data.pack import check_fits, pack
 from vlmjax.data.processor import Processor, ProcessorConfig
 from vlmjax.data.sample import PRUNE, Item, Sample
@@ -51,7 +51,7 @@ def chat(request, weights):
 
 
 def packed(samples, budget=(256, 320, 128, 4)):
-    return pack([samples], Budget(*budget), 3 * PATCH**2)
+    return pack([samples], Budget(*budget), Form((3 * PATCH**2,)))
 
 
 def test_counts_are_of_kept_windows_only():
@@ -62,12 +62,12 @@ def test_counts_are_of_kept_windows_only():
     np.testing.assert_array_equal(after.labels, before.labels)
     sizes = [24, 8, 4, 24, 6]  # 4 patches to a window of video, 1 to that of an image
     assert [item.num_encoded for item in before.items] == sizes
-    assert check_fits(before, Budget(256, 66, 21, 4)) == (len(before.tokens), 66, 21)
+    assert check_fits(before, Budget(256, 66, 21, 4)) == (len(before.tokens), 66, 21, 0, 0)
     with pytest.raises(ValueError, match=r"102 patches \(row budget 66\)"):
         check_fits(after, Budget(256, 66, 21, 4))
     (_, whole), (_, saved) = packed([after]), packed([before])
-    changed = dict(patches=66, patch_pairs=sum(n * n for n in sizes), patch_fill=66 / 320)
-    assert (whole.patches, whole.patch_pairs) == (102, 4 * 24**2 + 6**2)
+    changed = dict(patches=(66,), patch_pairs=(sum(n * n for n in sizes),), patch_fill=66 / 320)
+    assert (whole.patches, whole.patch_pairs) == ((102,), (4 * 24**2 + 6**2,))
     assert saved == dataclasses.replace(whole, **changed)
 
 
@@ -75,18 +75,18 @@ def test_layout_keeps_places_in_the_frame():
     sample = processor("before_encoder")(record(0))
     batch, _ = packed([sample, sample])
     np.testing.assert_array_equal(
-        batch.patch_segments[0, :133],
+        batch.patches[0].segments[0, :133],
         np.repeat([*range(1, 11), 0], [24, 8, 4, 24, 6, 24, 8, 4, 24, 6, 1]),
     )
     at = 24  # second frame: its windows (1, 0) and (1, 2)
     corner = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
     want = np.concatenate([corner + [2, 0], corner + [2, 4]])
-    np.testing.assert_array_equal(batch.patch_coords[0, at : at + 8], want)
-    np.testing.assert_array_equal(batch.windows[0, 6:8], at + np.arange(8).reshape(2, 4))
+    np.testing.assert_array_equal(batch.patches[0].coords[0, at : at + 8], want)
+    np.testing.assert_array_equal(batch.units[0].index[0, 6:8], at + np.arange(8).reshape(2, 4))
     pixels = frames()[1].reshape(4, PATCH, 6, PATCH, 3).transpose(0, 2, 4, 1, 3)
     rows = pixels[tuple(want.T)].reshape(8, -1)
-    np.testing.assert_array_equal(batch.patches[0, at : at + 8], rows)
-    np.testing.assert_array_equal(batch.windows[0, 21:27], 66 + batch.windows[0, :6])
+    np.testing.assert_array_equal(batch.patches[0].pixels[0, at : at + 8], rows)
+    np.testing.assert_array_equal(batch.units[0].index[0, 21:27], 66 + batch.units[0].index[0, :6])
 
 
 def test_a_frame_without_tokens_leaves_no_segment():
@@ -97,10 +97,10 @@ def test_a_frame_without_tokens_leaves_no_segment():
     )
     tokens = np.arange(5, dtype=np.int32)
     sample = Sample("s", tokens, tokens, items, np.array([1, 1, 0, 1, 0], bool))
-    batch, stats = pack([[sample]], Budget(8, 16, 8, 4), 12)
-    np.testing.assert_array_equal(batch.patch_segments[0], [1] * 8 + [2] * 4 + [0] * 4)
-    np.testing.assert_array_equal(batch.patches[0, :, 0], [0] * 8 + [2] * 4 + [0] * 4)
-    assert (stats.visual, stats.visual_before_pruning, stats.patches) == (3, 6, 12)
+    batch, stats = pack([[sample]], Budget(8, 16, 8, 4), Form((12,)))
+    np.testing.assert_array_equal(batch.patches[0].segments[0], [1] * 8 + [2] * 4 + [0] * 4)
+    np.testing.assert_array_equal(batch.patches[0].pixels[0, :, 0], [0] * 8 + [2] * 4 + [0] * 4)
+    assert (stats.visual, stats.visual_before_pruning, stats.patches) == (3, 6, (12,))
 
 
 def test_nothing_pruned_is_the_same_batch_and_logits(weights):
@@ -180,7 +180,7 @@ def test_packing_holds_more_and_resumes_exactly():
             [(1024, 220, 220, 4)],
             2,
             pool=8,
-            patch_dim=3 * PATCH**2,
+            form=Form((3 * PATCH**2,)),
             normalisation="token",
             position=position,
         )

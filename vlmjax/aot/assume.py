@@ -26,7 +26,7 @@ def mixture(run, budget, supervised):
     if not 0 < supervised <= 1:
         raise ValueError(f"--supervised={supervised} must be a share of the tokens, in (0, 1]")
     return Mixture(
-        patch_segment=compute.vision_segment or budget.patches,
+        patch_segment=compute.vision_segment or max(budget.patches),
         token_segment=compute.llm_segment or budget.tokens,
         supervised=supervised,
     )
@@ -34,16 +34,19 @@ def mixture(run, budget, supervised):
 
 def stats(mix, rows, budget):
     """Returns the `Stats` of a batch, for `train.flops`."""
-    tokens, patches = rows * budget.tokens, rows * budget.patches
+    tokens, patches = rows * budget.tokens, tuple(rows * n for n in budget.patches)
+    units = tuple(rows * n for n in budget.visual)
     counts = dict(
         samples=tokens // mix.token_segment,
         tokens=tokens,
         supervised=round(tokens * mix.supervised),
         patches=patches,
-        visual=rows * budget.visual,
-        visual_before_pruning=rows * budget.visual,
+        units=units,
+        visual=units[0],
+        visual_before_pruning=units[0],
+        routed=rows * budget.routed,
         token_pairs=tokens * mix.token_segment,
-        patch_pairs=patches * mix.patch_segment,
+        patch_pairs=tuple(n * mix.patch_segment for n in patches),
     )
     return Stats(**{f.name: counts.get(f.name, 1) for f in dataclasses.fields(Stats)})
 

@@ -60,7 +60,7 @@ def make_plan(run, name, topology, *, bucket=0, supervised=0.25, options=None, d
         chips=chips,
         mesh=dict(mesh.shape),
         rows=rows,
-        budget=budget._asdict(),
+        budget=dict(zip(budget.names, budget.limits, strict=True)),
         remat=run.model.compute.remat,
         assumed=dataclasses.asdict(mix),
         xla_options=options,

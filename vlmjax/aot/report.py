@@ -143,7 +143,7 @@ def size(num_bytes):
 def text(r):
     """Returns a report as lines for a terminal."""
     mesh = " ".join(f"{axis}={n}" for axis, n in r["mesh"].items())
-    budget = ", ".join(f"{n} {name}" for name, n in r["budget"].items())
+    budget = ", ".join(f"{n} {name}" for name, n in r["budget"].items() if n)
     assumed = ", ".join(f"{name} {n:g}" for name, n in r["assumed"].items())
     lines = [
         f"{r['config']} on {r['topology']}: {r['chips']} chips, mesh {mesh}",

@@ -1,7 +1,6 @@
 """Packs samples into the fixed budgets of a `Batch`: first-fit decreasing in a look-ahead pool."""
 
 import dataclasses
-import functools
 
 import numpy as np
 
@@ -15,43 +14,57 @@ class Stats:
     """What a batch holds, for metrics and the FLOP count; counts are of real slots, never padding.
 
     `token_pairs` and `patch_pairs` are the sums of n_i^2 over samples and over images or frames.
+    Those of patches and units are tuples, one number for each encoder and each source.
     """
 
     samples: int
     tokens: int
     supervised: int
-    patches: int
+    patches: tuple
+    units: tuple
     visual: int
     visual_before_pruning: int
+    routed: int
     token_pairs: int
-    patch_pairs: int
+    patch_pairs: tuple
     token_fill: float
     patch_fill: float
 
 
-def size(sample):
-    """Returns (tokens, patches, visual tokens) that a sample takes."""
-    return len(sample.tokens), sum(i.num_encoded for i in sample.items), int(sample.visual.sum())
+def size(sample, budget=None):
+    """Returns what a sample takes of the slots of `Budget.limits`.
+
+    A sample without media does not show how many encoders and sources there are; the budget does.
+    """
+    a, encoders, sources = sample.arranged(), 1, 1
+    if budget is not None:
+        encoders, sources = len(budget.patches), len(budget.visual)
+    patches = [0] * encoders
+    for item in sample.items:
+        patches[item.encoder] += item.num_slots
+    units = [len(u.index) for u in a.units] if sample.items else [0] * sources
+    pooled = 0 if a.pool is None else len(a.pool.index)
+    routed = 0 if a.routed is None else int(a.routed.sum())
+    return len(sample.tokens), *patches, *units, pooled, routed
 
 
 def fits(sizes, budget):
-    """Whether (tokens, patches, visual tokens) fit an empty row."""
-    return all(n <= limit for n, limit in zip(sizes, budget, strict=False))
+    """Whether what `size` counts fits an empty row."""
+    return all(n <= limit for n, limit in zip(sizes, budget.limits, strict=True))
 
 
 def check_fits(sample, *budgets):
-    """Returns `size(sample)`.
+    """Returns `size(sample, budget)`, the same for every budget of a model.
 
     Raises:
       ValueError: the sample fits an empty row of no budget, or its placeholders do not match its
         media.
     """
-    sizes = size(sample)
-    names = "tokens", "patches", "visual tokens"
+    sizes = size(sample, budgets[0])
     over = [
         ", ".join(
             f"{n} {name} (row budget {limit})"
-            for name, n, limit in zip(names, sizes, budget, strict=False)
+            for name, n, limit in zip(budget.names, sizes, budget.limits, strict=True)
             if n > limit
         )
         for budget in budgets
@@ -62,10 +75,10 @@ def check_fits(sample, *budgets):
             "silently. Raise the row budget of data.budget, or lower the processor's "
             "max_visual_tokens or max_frames"
         )
-    kept = sum(int(i.keep.sum()) for i in sample.items)
-    if kept != sizes[2]:
+    kept, slots = sum(int(i.keep.sum()) for i in sample.items), int(sample.visual.sum())
+    if sample.arrangement is None and kept != slots:
         raise ValueError(
-            f"record {sample.id!r} has {sizes[2]} placeholders for {kept} visual tokens; they "
+            f"record {sample.id!r} has {slots} placeholders for {kept} visual tokens; they "
             "must be equal"
         )
     return sizes
@@ -75,14 +88,14 @@ def first_fit(sizes, rows, budget):
     """Assigns items to rows, in the order given, each to the first row with room.
 
     Args:
-      sizes: sequence of (tokens, patches, visual tokens).
+      sizes: sequence of what `size` counts.
       rows: number of rows.
       budget: a `Budget`.
 
     Returns:
       A list with the row of each item, or None where no row had room.
     """
-    room = np.tile(np.asarray(budget[:3], np.int64), (rows, 1))
+    room = np.tile(np.asarray(budget.limits, np.int64), (rows, 1))
     places = []
     for need in sizes:
         fits = (room >= need).all(1)
@@ -95,16 +108,6 @@ def first_fit(sizes, rows, budget):
     return places
 
 
-@functools.lru_cache(maxsize=4096)
-def window_coords(h, w, merge):
-    """Returns i32[h*w, 2], the (row, column) of each patch in merge-window-major order.
-
-    Example, h=2, w=4, merge=2: (0,0) (0,1) (1,0) (1,1), (0,2) (0,3) (1,2) (1,3).
-    """
-    coords = np.stack(np.mgrid[:h, :w], -1).reshape(h // merge, merge, w // merge, merge, 2)
-    return coords.swapaxes(1, 2).reshape(h * w, 2).astype(np.int32)
-
-
 def token_weights(sample, normalisation):
     """Returns f32[n]: weights of the labels of a sample before the batch is normalised to sum 1."""
     supervised = sample.labels[1:] != -100
@@ -113,13 +116,13 @@ def token_weights(sample, normalisation):
     return np.float32(scale) * supervised
 
 
-def pack(samples_by_row, budget, patch_dim, normalisation="token"):
+def pack(samples_by_row, budget, form, normalisation="token"):
     """Returns (Batch, Stats) of samples already assigned to rows.
 
     Args:
       samples_by_row: B lists of `Sample`; what a list holds must fit the budget together.
       budget: a `Budget`.
-      patch_dim: values in a patch row.
+      form: the `Form` of the model's batches.
       normalisation: of the loss over the whole batch. "token": every supervised token counts the
         same; "sample": every sample; "sqrt": samples count with the square root of their supervised
         tokens. Weights sum to 1.
@@ -128,46 +131,93 @@ def pack(samples_by_row, budget, patch_dim, normalisation="token"):
         raise ValueError(
             f"normalisation={normalisation!r} is unknown; choose one of {NORMALISATIONS}"
         )
-    batch = empty_batch(len(samples_by_row), budget, patch_dim)
-    before = token_pairs = patch_pairs = 0
+    batch = empty_batch(len(samples_by_row), budget, form)
+    token_pairs, patch_pairs = 0, np.zeros(len(budget.patches), np.int64)
     for row, samples in enumerate(samples_by_row):
-        t = p = u = segment = 0
+        used = np.zeros(len(budget.limits), np.int64)
         for number, sample in enumerate(samples, 1):
-            n = len(sample.tokens)
-            slots = slice(t, t + n)
-            batch.tokens[row, slots] = sample.tokens
-            batch.positions[row, slots] = np.arange(n)
-            batch.segments[row, slots] = number
-            batch.targets[row, t : t + n - 1] = np.maximum(sample.labels[1:], 0)
-            batch.weights[row, t : t + n - 1] = token_weights(sample, normalisation)
-            batch.source[row, slots][sample.visual] = u + np.arange(int(sample.visual.sum()))
+            _place_text(batch, row, number, sample, used[0], normalisation)
+            _place_visual(batch, row, sample, used, budget, form)
+            token_pairs += len(sample.tokens) ** 2
             for item in sample.items:
-                encoded, m = item.encoded, item.num_encoded
-                segment += m > 0
-                batch.patches[row, p : p + m] = item.patches[encoded]
-                batch.patch_segments[row, p : p + m] = segment
-                coords = window_coords(*item.grid, item.merge)
-                batch.patch_coords[row, p : p + m] = coords[encoded]
-                places = np.zeros(len(item.patches), np.int32)
-                places[encoded] = np.arange(p, p + m)
-                group = item.merge**2
-                windows = places.reshape(-1, group)[item.keep]
-                batch.windows[row, u : u + len(windows), :group] = windows
-                before, u, p = before + len(item.keep), u + len(windows), p + m
-                patch_pairs += m * m
-            token_pairs, t = token_pairs + n * n, t + n
+                patch_pairs[item.encoder] += item.num_slots**2
+            used += size(sample, budget)
     supervised = int((batch.weights > 0).sum())
     batch = batch._replace(weights=batch.weights / max(float(batch.weights.sum()), 1e-30))
+    items = [item for row in samples_by_row for sample in row for item in sample.items]
     stats = Stats(
         samples=sum(map(len, samples_by_row)),
         tokens=int((batch.segments > 0).sum()),
         supervised=supervised,
-        patches=int((batch.patch_segments > 0).sum()),
+        patches=tuple(int((p.segments > 0).sum()) for p in batch.patches),
+        units=tuple(int((u.index >= 0).any(-1).sum()) for u in batch.units),
         visual=int((batch.source >= 0).sum()),
-        visual_before_pruning=before,
+        visual_before_pruning=int((batch.source >= 0).sum()) + sum(int((~i.keep).sum()) for i in items),
+        routed=0 if batch.routed is None else int((batch.routed.slots >= 0).sum()),
         token_pairs=token_pairs,
-        patch_pairs=patch_pairs,
+        patch_pairs=tuple(map(int, patch_pairs)),
         token_fill=float((batch.segments > 0).mean()),
-        patch_fill=float((batch.patch_segments > 0).mean()) if budget.patches else 0.0,
+        patch_fill=float(np.mean([(p.segments > 0).mean() for p in batch.patches]))
+        if batch.has_vision
+        else 0.0,
     )
     return batch, stats
+
+
+def _place_text(batch, row, number, sample, at, normalisation):
+    n, positions = len(sample.tokens), sample.arranged().positions
+    slots, before = slice(at, at + n), slice(at, at + n - 1)
+    batch.tokens[row, slots] = sample.tokens
+    batch.positions[row, slots] = np.arange(n) if positions is None else positions
+    batch.segments[row, slots] = number
+    batch.targets[row, before] = np.maximum(sample.labels[1:], 0)
+    batch.weights[row, before] = token_weights(sample, normalisation)
+
+
+def _place_visual(batch, row, sample, used, budget, form):
+    """Adds the visual part of a sample to a row, behind the `used` slots of `budget.limits`."""
+    a, encoders = sample.arranged(), len(budget.patches)
+    at, first_unit = used[1 : 1 + encoders].copy(), used[1 + encoders : -2]
+    first_slot = at.copy()
+    for item in sample.items:
+        patches, slots = batch.patches[item.encoder], slice(at[item.encoder], None)
+        m = item.num_slots
+        if not m:
+            continue
+        patches.pixels[row, slots][item.prefix : m] = item.patches[item.encoded]
+        patches.segments[row, slots][:m] = patches.segments[row].max() + 1
+        patches.coords[row, slots][:m] = item.slot_coords()
+        at[item.encoder] += m
+    table = [np.zeros(0, np.int64)]  # visual token of the sample -> of the row
+    base = 0
+    for sources, tokens in form.groups if sample.items else ():
+        start, number = base + tokens * first_unit[sources[0]], len(a.units[sources[0]].index)
+        table.append(start + np.arange(tokens * number))
+        base += tokens * budget.visual[sources[0]]
+    table = np.concatenate(table)
+    if sample.items:
+        for k, units in enumerate(a.units):
+            _place_units(batch.units[k], row, units, first_unit[k], first_slot[form.encoders[k]])
+    if a.pool is not None:
+        index = np.where(a.pool.index >= 0, table[a.pool.index], -1)
+        _place_units(batch.pool, row, a.pool._replace(index=index), used[-2], 0)
+        table = used[-2] + np.arange(len(index))
+    t, n = used[0], len(sample.tokens)
+    source = np.append(table, -1)[np.maximum(a.source, -1)]
+    batch.source[row, t : t + n] = np.where(
+        a.source < -1, form.visual(budget) - 2 - a.source, source
+    )
+    if a.routed is not None:
+        slots = np.flatnonzero(a.routed)
+        batch.routed.slots[row, used[-1] : used[-1] + len(slots)] = t + slots
+        batch.routed.index[row, t + slots] = used[-1] + np.arange(len(slots))
+
+
+def _place_units(into, row, units, at, first):
+    """Writes units behind the `at` that a row has; their slots are counted from `first` on."""
+    n, group = units.index.shape
+    into.index[row, at : at + n, :group] = np.where(units.index >= 0, units.index + first, -1)
+    if into.weights is not None:
+        into.weights[row, at : at + n, :group] = units.weights
+    if into.size is not None:
+        into.size[row, at : at + n] = units.size

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
 
+from vlmjax.batch import Units
+
 PRUNE = ("after_encoder", "before_encoder")
+
+
+@functools.lru_cache(maxsize=4096)
+def window_coords(h, w, merge):
+    """Returns f32[h*w, 2], the (row, column) of each patch in merge-window-major order.
+
+    Example, h=2, w=4, merge=2: (0,0) (0,1) (1,0) (1,1), (0,2) (0,3) (1,2) (1,3).
+    """
+    coords = np.stack(np.mgrid[:h, :w], -1).reshape(h // merge, merge, w // merge, merge, 2)
+    return coords.swapaxes(1, 2).reshape(h * w, 2).astype(np.float32)
 
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """One image, frame or tile: the patches of one attention segment.
+    """One view of an encoder (an image, frame or tile): the patches of one attention segment.
 
     Attributes:
       patches: u8[h * w, C * p * p] raw pixels (normalised on the device). Rows are
@@ -23,6 +36,9 @@ class Item:
         model.
       prune: where the others leave, one of `PRUNE`: the vision tower sees the whole frame and they
         are dropped from its output, or their patches never enter it.
+      encoder: which of them sees it.
+      prefix: slots in front of the patches for class and register tokens.
+      coords: f32[h * w, 2] of the patches for the encoder's positions; None = row and column.
     """
 
     patches: np.ndarray
@@ -30,6 +46,9 @@ class Item:
     merge: int
     keep: np.ndarray
     prune: str = "after_encoder"
+    encoder: int = 0
+    prefix: int = 0
+    coords: np.ndarray | None = None
 
     @property
     def encoded(self):
@@ -42,18 +61,51 @@ class Item:
         """How many patches enter the vision tower."""
         return np.arange(len(self.patches))[self.encoded].size
 
+    @property
+    def num_slots(self):
+        """How many slots of the encoder's buffer it takes."""
+        return self.num_encoded and self.prefix + self.num_encoded
+
+    def slot_coords(self):
+        """Returns f32[num_slots, 2], with -1 - k in front for the k-th prefix token."""
+        coords = window_coords(*self.grid, self.merge) if self.coords is None else self.coords
+        prefix = -1 - np.arange(self.prefix, dtype=np.float32)
+        return np.concatenate([np.repeat(prefix[:, None], 2, 1), coords[self.encoded]])
+
+
+@dataclass(frozen=True, eq=False)
+class Arrangement:
+    """How the visual tokens of a sample come about and where they go.
+
+    Attributes:
+      units: of each source of the connector, without the axis B; `index` counts the slots of the
+        items of its encoder in this sample.
+      source: i32[n]; the visual token of a slot (those of the first group of the connector come
+        first), -1 for text, -2 - k for the k-th special vector.
+      pool: `Units` over the visual tokens, after which `source` counts pooled ones; or None.
+      positions: i32[n] of the tokens; None = 0..n-1.
+      routed: bool[n], True where parameters of their own serve the token; or None.
+    """
+
+    units: tuple[Units, ...]
+    source: np.ndarray
+    pool: Units | None = None
+    positions: np.ndarray | None = None
+    routed: np.ndarray | None = None
+
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One tokenised record; positions are simply 0..n-1.
+    """One tokenised record.
 
     Attributes:
       id: the record's id.
       tokens: i32[n], placeholders of the kept visual tokens included.
       labels: i32[n], the token itself where it is trained, -100 elsewhere. Not shifted.
       items: the images and frames in reading order.
-      visual: bool[n]; the k-th True slot is filled by the k-th kept visual token of the items in
-        order.
+      visual: bool[n]; True where a visual token or a special vector takes the slot.
+      arrangement: None = the k-th visual slot is filled by the k-th kept visual token of the items
+        in order, a window of patches each.
     """
 
     id: str
@@ -61,3 +113,20 @@ class Sample:
     labels: np.ndarray
     items: tuple[Item, ...]
     visual: np.ndarray
+    arrangement: Arrangement | None = None
+
+    def arranged(self):
+        """Returns its `Arrangement`."""
+        if self.arrangement is not None:
+            return self.arrangement
+        group = max((item.merge**2 for item in self.items), default=1)
+        index = np.full((sum(int(i.keep.sum()) for i in self.items), group), -1, np.int32)
+        unit = slot = 0
+        for item in self.items:
+            places = np.full(len(item.patches), -1, np.int32)
+            places[item.encoded] = slot + item.prefix + np.arange(item.num_encoded)
+            windows = places.reshape(-1, item.merge**2)[item.keep]
+            index[unit : unit + len(windows), : windows.shape[1]] = windows
+            unit, slot = unit + len(windows), slot + item.num_slots
+        source = np.where(self.visual, np.cumsum(self.visual) - 1, -1).astype(np.int32)
+        return Arrangement((Units(index),), source)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vlmjax.batch import Batch, Budget
+from vlmjax.batch import Batch
 from vlmjax.data.pack import Stats, check_fits, first_fit, fits, pack
 from vlmjax.data.sample import Sample
 
@@ -110,20 +110,22 @@ def choose_bucket(sizes, budgets, rows, urgent=False):
       rows: B.
       urgent: only buckets that take the first sample count.
     """
-    tokens, patches = (max(1, *(budget[i] for budget in budgets)) for i in range(2))
+    # Of the slots that cost: tokens, and the patches of each encoder.
+    costly = slice(0, 1 + len(budgets[0].patches))
+    most = np.maximum(np.max([budget.limits[costly] for budget in budgets], 0), 1)
 
     def used(option):
         bucket, places = option
         taken = [size for size, row in zip(sizes, places, strict=True) if row is not None]
-        work = sum(t / tokens + p / patches for t, p, _ in taken)
-        return work / (budgets[bucket].tokens / tokens + budgets[bucket].patches / patches)
+        work = sum((np.asarray(sizes[costly]) / most).sum() for sizes in taken)
+        return work / (np.asarray(budgets[bucket].limits[costly]) / most).sum()
 
     options = [(bucket, first_fit(sizes, rows, budget)) for bucket, budget in enumerate(budgets)]
     return max((o for o in options if o[1][0] is not None or not urgent), key=used)
 
 
 def packed_batches(
-    stream, process, budgets, rows, *, pool, patch_dim, normalisation, position=None
+    stream, process, budgets, rows, *, pool, form, normalisation, position=None
 ):
     """Yields `PackedBatch` without end.
 
@@ -140,12 +142,11 @@ def packed_batches(
       budgets: a `Budget` for each bucket; a sample has to fit at least one of them.
       rows: B.
       pool: samples to look ahead, at least what a batch holds.
-      patch_dim: values in a patch row.
+      form: the `Form` of the model's batches.
       normalisation: see `pack`.
       position: `Position` to resume from.
     """
-    budgets = [Budget(*budget).check() for budget in budgets]
-    largest = [max(slots) for slots in zip(*budgets, strict=True)]
+    largest = np.maximum(np.max([budget.limits for budget in budgets], 0), 1)
     reach = pool if len(budgets) == 1 else 8 * pool
 
     def load(n):
@@ -156,7 +157,7 @@ def packed_batches(
         except (ValueError, OSError) as e:
             raise ValueError(f"record {record.get('id')!r} (draw {n} of the stream): {e}") from e
         choices = sum(fits(sizes, budget) for budget in budgets)
-        share = max(size / max(b, 1) for size, b in zip(sizes, largest, strict=False))
+        share = float(np.max(sizes / largest))
         return Waiting(n, sample, sizes, (choices, -share, n))
 
     position = position or Position()
@@ -176,7 +177,7 @@ def packed_batches(
             else:
                 chosen[row].append(w.sample)
         waiting = left
-        batch, stats = pack(chosen, budgets[bucket], patch_dim, normalisation)
+        batch, stats = pack(chosen, budgets[bucket], form, normalisation)
         ids = tuple(s.id for row in chosen for s in row)
         position = Position(following, tuple(w.draw for w in waiting))
         yield PackedBatch(batch, bucket, ids, stats, position)

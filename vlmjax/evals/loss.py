@@ -32,7 +32,7 @@ def mean_loss(generator, samples, budget, rows):
       rows: packed rows that run together.
     """
     sizes = {id(s): check_fits(s, budget) for s in samples}
-    waiting = sorted(samples, key=lambda s: max(np.divide(sizes[id(s)], budget[:3])), reverse=True)
+    waiting = sorted(samples, key=lambda s: max(np.divide(sizes[id(s)], np.maximum(budget.limits, 1))), reverse=True)
     total = tokens = 0
     while waiting:
         places = first_fit([sizes[id(s)] for s in waiting], rows, budget)
@@ -41,7 +41,7 @@ def mean_loss(generator, samples, budget, rows):
             if row is not None:
                 chosen[row].append(sample)
         waiting = [s for s, row in zip(waiting, places, strict=True) if row is None]
-        batch, stats = pack(chosen, budget, generator.config.vision.patch_dim)
+        batch, stats = pack(chosen, budget, generator.config.form)
         values = _losses(generator.graphdef, generator.params, batch)
         total += float(np.asarray(values, np.float64)[batch.weights > 0].sum())
         tokens += stats.supervised
@@ -70,7 +70,7 @@ def run(config, workdir, output):
         if hasattr(source, "__len__"):
             count = min(count, len(source))
         samples = [chat.processor(source[i]) for i in range(count)]
-        budget = Budget(*map(max, zip(*build.make_budgets(resolved), strict=True)))
+        budget = Budget.largest(build.make_budgets(resolved))
         loss, tokens = mean_loss(chat.generator, samples, budget, resolved.train.rows)
         found[spec] = {"loss": loss, "tokens": tokens, "n": count}
         print(f"{spec}  loss {loss:.4f}  {tokens} tokens of {count} records", flush=True)

@@ -19,6 +19,7 @@ import numpy as np
 from vlmjax import build
 from vlmjax.batch import Budget
 from vlmjax.data.pack import check_fits, pack, size
+from vlmjax.data.sample import Sample
 from vlmjax.generate.sampling import GREEDY, choose
 from vlmjax.kernels.attention.api import AttentionSpec
 from vlmjax.llm.decoder import init_cache
@@ -70,7 +71,7 @@ def prefill(graphdef, params, batch, lengths, slots):
     """
     model = bind(graphdef, params)
     compute = model.cfg.compute
-    visual = model.encode(batch) if batch.patches.shape[1] else None
+    visual = model.encode(batch) if batch.has_vision else None
     x = model.embed(batch, visual)
     hidden, cache = model.llm(
         x,
@@ -181,13 +182,33 @@ class Generator:
     def budget(self, samples):
         """Returns the `Budget` of rows that each take one of the samples.
 
-        Visual-token slots are as many as token slots, which saves programs and costs little.
+        Units that become one visual token each have as many slots as tokens, which saves programs
+        and costs little.
         """
-        sizes = [size(s) for s in samples]
-        tokens = bucket(max(s[0] for s in sizes), LEAST_TOKENS)
-        patches = bucket(max(max(s[1:]) for s in sizes), LEAST_PATCHES)
-        group = max([4, *(item.merge**2 for s in samples for item in s.items)])
-        return Budget(tokens, patches, tokens if patches else 0, group)
+        form = self.config.form
+        least = Budget(1, (0,) * len(form.patch_dims), *((n,) * len(form.encoders) for n in (0, 4)))
+        sizes = np.max([size(s, least) for s in samples], 0)
+        tokens, encoders = bucket(int(sizes[0]), LEAST_TOKENS), len(form.patch_dims)
+        patches = [bucket(int(n), LEAST_PATCHES) for n in sizes[1 : 1 + encoders]]
+        if not any(patches):
+            return dataclasses.replace(least, tokens=tokens)
+        single = {k for sources, number in form.groups if number == 1 for k in sources}
+        units = [s.arranged().units for s in samples if s.items]
+        pools = [a.pool for a in map(Sample.arranged, samples) if a.pool is not None]
+        return Budget(
+            tokens,
+            patches,
+            [
+                tokens if k in single else bucket(int(n), 1)
+                for k, n in enumerate(sizes[1 + encoders : -2])
+            ],
+            [
+                bucket(max(u[k].index.shape[1] for u in units), 4)
+                for k in range(len(form.encoders))
+            ],
+            (tokens, max(p.index.shape[1] for p in pools)) if pools else (0, 0),
+            bucket(int(sizes[-1]), LEAST_TOKENS),
+        )
 
     def batch(self, samples, rows):
         """Returns (`Batch`, `Budget`, i32[rows] lengths): one sample a row, then empty rows."""
@@ -196,13 +217,13 @@ class Generator:
             check_fits(sample, budget)
         by_row = [[s] for s in samples] + [[]] * (rows - len(samples))
         lengths = np.array([len(s.tokens) for s in samples] + [0] * (rows - len(samples)), np.int32)
-        return pack(by_row, budget, self.config.vision.patch_dim)[0], budget, lengths
+        return pack(by_row, budget, self.config.form)[0], budget, lengths
 
     def logits(self, sample):
         """Returns f32[n, V], the scores of what follows each of the n tokens of a sample."""
         self._check_length(sample, 0)
         batch, budget, (n,) = self.batch([sample], 1)
-        self.programs.add(("score", *budget))
+        self.programs.add(("score", budget))
         return np.asarray(score(self.graphdef, self.params, batch)[0, :n])
 
     def generate_samples(self, samples, max_new_tokens=64, sampling=GREEDY, stop_ids=(), seed=0):
@@ -239,7 +260,7 @@ class Generator:
         slots = budget.tokens + new
         stop_ids = np.array(sorted(set(stop_ids)), np.int32)
         self.programs |= {
-            ("prefill", rows, *budget, slots),
+            ("prefill", rows, budget, slots),
             ("decode", rows, slots, new, sampling, len(stop_ids)),
         }
         logits, cache = prefill(self.graphdef, self.params, batch, lengths, slots)

@@ -227,8 +227,8 @@ class Stream:
         tokens = bucket(n + int((~item.keep).sum()), LEAST_TOKENS)  # the same for every frame
         patches = bucket(item.num_encoded, LEAST_PATCHES)
         budget = Budget(tokens, patches, tokens, max(4, item.merge**2))
-        batch, _ = pack([[sample]], budget, generator.config.vision.patch_dim)
-        generator.programs.add(("encode", *budget))
+        batch, _ = pack([[sample]], budget, generator.config.form)
+        generator.programs.add(("encode", budget))
         visual = encode(generator.graphdef, generator.params, batch)
         return self._feed(sample.tokens, batch.source[0, :n], visual)
 

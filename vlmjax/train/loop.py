@@ -1,6 +1,5 @@
 """The training loop, top to bottom: build, shard, restore; then data, step, log, save."""
 
-import dataclasses
 import json
 import math
 import time
@@ -111,7 +110,7 @@ def open_batches(run, position):
         build.make_budgets(run),
         run.train.rows,
         pool=run.data.pool,
-        patch_dim=run.model.patch_dim,
+        form=run.model.form,
         normalisation=run.data.normalisation,
         position=position,
     )
@@ -126,7 +125,7 @@ def compile_steps(run, program, mesh, say):
         lowered = program.step.lower(program.state, batch_shapes(run, budget, mesh))
         compiled.append(lowered.compile())
         say(
-            f"compiled the step for rows of {budget.tokens} tokens and {budget.patches} patches in "
+            f"compiled the step for rows of {budget.tokens} tokens and {sum(budget.patches)} patches in "
             f"{time.monotonic() - began:.1f} s"
         )
     return compiled
@@ -135,9 +134,11 @@ def compile_steps(run, program, mesh, say):
 def fill(window, budgets):
     """Returns {name: share of token or patch slots in use, None without slots} of some steps."""
     shares = {}
-    for i, name in enumerate(("token_fill", "patch_fill")):
-        slots = sum(budgets[bucket][i] for bucket, _ in window)
-        used = sum(getattr(stats, name) * budgets[bucket][i] for bucket, stats in window)
+    sizes = {"token_fill": [b.tokens for b in budgets]}
+    sizes["patch_fill"] = [sum(b.patches) for b in budgets]
+    for name, size in sizes.items():
+        slots = sum(size[bucket] for bucket, _ in window)
+        used = sum(getattr(stats, name) * size[bucket] for bucket, stats in window)
         shares[name] = used / slots if slots else None
     return shares
 
@@ -156,12 +157,13 @@ def throughput(run, window, seconds, trained):
         part = [step for step in window if step[0] == bucket]
         values = {"steps": len(part)} | fill(part, budgets)
         by_bucket |= {f"bucket{bucket}/{name}": value for name, value in values.items()}
-    total = {f.name: sum(getattr(s, f.name) for s in stats) for f in dataclasses.fields(stats[0])}
+    names = ("samples", "tokens", "supervised", "visual", "visual_before_pruning")
+    total = {name: sum(getattr(s, name) for s in stats) for name in names}
     work = sum(sum(flops.train_flops(run.model, s, trained).values()) for s in stats)
     return {
         "samples_per_second": total["samples"] / seconds,
         "tokens_per_second": total["tokens"] / seconds,
-        "patches_per_second": total["patches"] / seconds,
+        "patches_per_second": sum(sum(s.patches) for s in stats) / seconds,
         "supervised_tokens": total["supervised"] / len(window),
         **fill(window, budgets),
         **by_bucket,

@@ -64,5 +64,5 @@ def batch_shapes(run, budget, mesh):
     rows = sharding.rows_sharding(mesh)
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((run.train.rows, *x.shape[1:]), x.dtype, sharding=rows),
-        empty_batch(1, budget, run.model.patch_dim),
+        empty_batch(1, budget, run.model.form),
     )
