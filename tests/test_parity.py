@@ -17,7 +17,7 @@ from hf_reference import VARIANTS, reference_model
 from safetensors.numpy import save_file
 
 from vlmjax import hf, vlm
-from vlmjax.batch import Budget
+from vlmjax.batch import Budget, Patches
 from vlmjax.data.pack import pack, size
 from vlmjax.data.processor import Processor, ProcessorConfig
 from vlmjax.data.sample import Item, Sample
@@ -188,8 +188,8 @@ def test_golden_videollama3(tmp_path):
     @jax.jit
     def run(model, batch):
         spec = vlm.AttentionSpec(model.cfg.compute.attention, model.cfg.compute.vision_block)
-        patches = batch.patches, batch.patch_coords, batch.patch_segments
-        merged = vlm.merge_windows(model.vision(*patches, attention=spec), batch.windows)
+        patches = Patches(batch.patches, batch.patch_segments, batch.patch_coords)
+        merged = vlm.merge_windows(model.vision(patches, attention=spec), batch.windows)
         hidden = model.decode(model.embed(batch, model.connector(merged)), batch)
         return merged, model.connector(merged), model.llm.logits(hidden)
 

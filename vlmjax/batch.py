@@ -46,6 +46,18 @@ class Budget(NamedTuple):
         return self
 
 
+class Patches(NamedTuple):
+    """Packed patches of one encoder: views (images, frames or tiles) one after another in each row.
+
+    The slots in front of a view are those of its class token (k = 0) and registers (k = 1, ...);
+    their pixels are arbitrary and their coordinates are (-1 - k, 0).
+    """
+
+    pixels: np.ndarray  # u8[B, P, C*p*p] raw, or floating: already normalised; channel-major
+    segments: np.ndarray  # i32[B, P]; one number for each view, in order; 0 = padding at the end
+    coords: np.ndarray  # f32[B, P, 2]; row and column in the frame of the encoder
+
+
 class Batch(NamedTuple):
     """B packed rows. Arrays are numpy on the host, jax on the device; see the module docstring."""
 
