@@ -8,20 +8,39 @@ from flax import nnx
 
 from vlmjax import sharding
 from vlmjax.kernels.attention import api, ref
-from vlmjax.nn import Dense
+from vlmjax.nn import Dense, RMSNorm
 from vlmjax.rope import rotate
 
 
 class Attention(nnx.Module):
-    """o(attend(q(x), k(x), v(x))) with N query heads on K key-value heads."""
+    """o(attend(q(x), k(x), v(x))) with N query heads on K key-value heads.
 
-    def __init__(self, width, heads, kv_heads, head_dim, *, rngs, qkv_bias, o_bias, out_scale=1.0):
+    With `qk_norm_eps`, an RMSNorm over all heads together comes after q and after k.
+    """
+
+    def __init__(
+        self,
+        width,
+        heads,
+        kv_heads,
+        head_dim,
+        *,
+        rngs,
+        qkv_bias,
+        o_bias,
+        out_scale=1.0,
+        qk_norm_eps=None,
+    ):
         q, kv = (heads, head_dim), (kv_heads, head_dim)
         self.q = Dense((width,), q, ("embed",), ("heads", "head_dim"), rngs=rngs, bias=qkv_bias)
         self.k = Dense((width,), kv, ("embed",), ("kv_heads", "head_dim"), rngs=rngs, bias=qkv_bias)
         self.v = Dense((width,), kv, ("embed",), ("kv_heads", "head_dim"), rngs=rngs, bias=qkv_bias)
         axes = ("heads", "head_dim"), ("embed",)
         self.o = Dense(q, (width,), *axes, rngs=rngs, bias=o_bias, scale=out_scale)
+        self.q_norm = self.k_norm = None
+        if qk_norm_eps is not None:
+            self.q_norm = RMSNorm(heads * head_dim, qk_norm_eps, rngs=rngs)
+            self.k_norm = RMSNorm(kv_heads * head_dim, qk_norm_eps, rngs=rngs)
 
     def __call__(self, x, attend, cache=None):
         """Returns ([B, T, D], what `attend` keeps).
@@ -32,7 +51,13 @@ class Attention(nnx.Module):
             positions.
           cache: of this layer, or None.
         """
-        out, cache = attend(self.q(x), self.k(x), self.v(x), cache)
+        q, k = self.q(x), self.k(x)
+        if self.q_norm is not None:
+            q, k = (
+                norm(y.reshape(*y.shape[:2], -1)).reshape(y.shape)
+                for norm, y in ((self.q_norm, q), (self.k_norm, k))
+            )
+        out, cache = attend(q, k, self.v(x), cache)
         return self.o(out), cache
 
 
@@ -41,7 +66,7 @@ def packed(segments, angles, *, size, causal, spec, layout):
 
     Args:
       segments: i32[B, S].
-      angles: f32[B, S, H/2] of the rotary positions.
+      angles: f32[B, S, H/2] of the rotary positions; None = without.
       size: channels of a head.
       causal: whether queries see only earlier keys.
       spec: an `AttentionSpec`.

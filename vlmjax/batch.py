@@ -30,11 +30,15 @@ import numpy as np
 
 
 class Patches(NamedTuple):
-    """The packed patches of one encoder, with slots for its class and register tokens."""
+    """Packed patches of one encoder: views (images, frames or tiles) one after another in each row.
 
-    pixels: np.ndarray  # u8[B, P, C*p*p]; raw, normalised on the device
-    segments: np.ndarray  # i32[B, P]; 1, 2, ... in order, 0 = padding at the end
-    coords: np.ndarray  # f32[B, P, 2]; row and column, -1 - k before the k-th prefix token
+    The slots in front of a view are those of its class token (k = 0) and registers (k = 1, ...);
+    their pixels are arbitrary and their coordinates are (-1 - k, 0).
+    """
+
+    pixels: np.ndarray  # u8[B, P, C*p*p] raw, or floating: already normalised; channel-major
+    segments: np.ndarray  # i32[B, P]; one number for each view, in order; 0 = padding at the end
+    coords: np.ndarray  # f32[B, P, 2]; row and column in the frame of the encoder
 
 
 class Units(NamedTuple):

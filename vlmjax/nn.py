@@ -25,12 +25,12 @@ def param(rngs, shape, axes, init="fan_in", fan_in=None, scale=1.0):
       axes: one logical axis name (or None) for each dimension.
       init: "fan_in" (truncated normal of variance scale^2 / fan_in), "zeros" or "ones".
       fan_in: defaults to the first dimension.
-      scale: of "fan_in".
+      scale: of "fan_in" and "ones".
     """
     if init == "zeros":
         value = jnp.zeros(shape)
     elif init == "ones":
-        value = jnp.ones(shape)
+        value = scale * jnp.ones(shape)
     else:
         std = (
             scale / math.sqrt(fan_in or shape[0]) / 0.87962566
@@ -90,9 +90,27 @@ class RMSNorm(nnx.Module):
         return (y * self.scale[...]).astype(x.dtype)
 
 
+class Scale(nnx.Module):
+    """x * scale for each channel, the product in f32 (LayerScale, arXiv:2103.17239)."""
+
+    def __init__(self, width, initial, *, rngs):
+        self.scale = param(rngs, (width,), ("embed",), "ones", scale=initial)
+
+    def __call__(self, x):
+        return (x * self.scale[...]).astype(x.dtype)
+
+
+class Table(nnx.Module):
+    """Learned vectors f32[rows, width], looked up by the caller."""
+
+    def __init__(self, rows, width, *, rngs):
+        self.embedding = param(rngs, (rows, width), (None, "embed"), fan_in=width)
+
+
 ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "silu": jax.nn.silu,
 }
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from vlmjax.batch import Patches
 from vlmjax.connectors.mlp import MLP, MLPConfig
 from vlmjax.kernels.attention.api import AttentionSpec
 from vlmjax.llm.decoder import Decoder, DecoderConfig
@@ -111,9 +112,7 @@ class VLM(nnx.Module):
         c = self.cfg.compute
         with jax.named_scope("vision"):
             features = self.vision(
-                batch.patches,
-                batch.patch_coords,
-                batch.patch_segments,
+                Patches(batch.patches, batch.patch_segments, batch.patch_coords),
                 dtype=jnp.dtype(c.dtype),
                 attention=AttentionSpec(c.attention, c.vision_block, c.vision_segment),
                 remat=c.vision_remat or c.remat,

@@ -10,6 +10,7 @@ from vlmjax import build, sharding
 from vlmjax.aot import flags, hlo, replay
 from vlmjax.aot.compile import no_cache
 from vlmjax.aot.topology import Topology
+from vlmjax.batch import Patches
 from vlmjax.kernels.attention.api import AttentionSpec
 from vlmjax.nn import bind, unbind, unflatten
 from vlmjax.objectives import OBJECTIVES
@@ -74,7 +75,7 @@ def test_the_tower_sends_its_gradient_once(trained, tmp_path):
     def step(params, patches, coords, segments, g):
         def run(params):
             how = dict(dtype=jnp.bfloat16, attention=AttentionSpec(segment=1024), remat="full")
-            return bind(made["graphdef"], params)(patches, coords, segments, **how)
+            return bind(made["graphdef"], params)(Patches(patches, segments, coords), **how)
 
         return jax.vjp(run, params)[1](g)[0] if trained else run(params)
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from vlmjax.batch import Budget, Form
+from vlmjax.batch import Budget, Form, Patches
 from vlmjax.data.pack import check_fits, pack
 from vlmjax.data.processor import Processor, ProcessorConfig
 from vlmjax.data.sample import PRUNE, Item, Sample
@@ -126,9 +126,11 @@ def test_equals_the_tower_on_the_kept_patches_of_each_frame(chat):
         inside = item.keep[windows[order]] | (prune == "after_encoder")
         coords = np.stack([row.ravel()[order], column.ravel()[order]], -1)[inside]
         features = model.vision(
-            item.patches[inside][None],
-            coords[None].astype(np.int32),
-            np.ones((1, len(coords)), np.int32),
+            Patches(
+                item.patches[inside][None],
+                np.ones((1, len(coords)), np.int32),
+                coords[None].astype(np.int32),
+            ),
             attention=AttentionSpec("ref"),
         )[0]
         shown = windows[order][inside]

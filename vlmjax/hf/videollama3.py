@@ -2,7 +2,9 @@
 
 A row is (path in our tree, key in the checkpoint, axes there -> axes here). Axes are those of
 `nn.py`, with a group in brackets where several are one dimension: `(N H) D -> D N H` says that the
-torch weight [N*H, D] is our kernel [D, N, H]. A key with `{}` occurs once per layer; our leaf then
+torch weight [N*H, D] is our kernel [D, N, H], and a 1 is a dimension of that size. Where several of
+our leaves lie behind each other in one tensor, `[1/3]` in front says that ours is part 1 (from 0)
+of 3 of its first dimension. A key with `{}` occurs once per layer; our leaf then
 stacks them along a leading axis L. Paths and keys are relative to a module; `LAYOUTS` says under
 which prefix each kind of checkpoint keeps each module, and what a kind holds that we do not use.
 """
@@ -159,18 +161,32 @@ class Row:
     sizes: dict[str, int]
 
     @property
+    def part(self) -> tuple[int, int]:
+        """(i, n): our leaf is part i of n of the stored tensor; (0, 1) = all of it."""
+        found = re.match(r"\[(\d+)/(\d+)\]", self.axes)
+        return (int(found[1]), int(found[2])) if found else (0, 1)
+
+    @property
     def stored_shape(self):
-        return _shape(self.axes.split("->")[0], self.sizes)
+        first, *others = _shape(self._sides[0], self.sizes)
+        return (first * self.part[1], *others)
 
     @property
     def shape(self):
-        return (len(self.keys),) * self.stacked + _shape(self.axes.split("->")[1], self.sizes)
+        return (len(self.keys),) * self.stacked + _shape(self._sides[1], self.sizes)
+
+    @property
+    def _sides(self):
+        return self.axes.split("]")[-1].split("->")
 
     def load(self, stored: np.ndarray) -> np.ndarray:
-        return _rearrange(stored, *self.axes.split("->"), self.sizes)
+        i, n = self.part
+        size = len(stored) // n
+        return _rearrange(stored[i * size : (i + 1) * size], *self._sides, self.sizes)
 
     def store(self, ours: np.ndarray) -> np.ndarray:
-        return _rearrange(ours, *reversed(self.axes.split("->")), self.sizes)
+        """The stored tensor, or our part of it."""
+        return _rearrange(ours, *reversed(self._sides), self.sizes)
 
 
 def rows(cfg: VLMConfig, layout: str, modules: Iterable[str] = MODULES) -> list[Row]:
@@ -219,11 +235,10 @@ def _groups(axes: str) -> list[list[str]]:
 
 
 def _shape(axes: str, sizes: dict[str, int]) -> tuple[int, ...]:
-    return tuple(math.prod(sizes[a] for a in group) for group in _groups(axes))
+    return tuple(math.prod(sizes[a] for a in group if a != "1") for group in _groups(axes))
 
 
 def _rearrange(x: np.ndarray, source: str, target: str, sizes: dict[str, int]) -> np.ndarray:
-    before = [a for group in _groups(source) for a in group]
-    after = [a for group in _groups(target) for a in group]
+    before, after = ([a for g in _groups(axes) for a in g if a != "1"] for axes in (source, target))
     split = x.reshape([sizes[a] for a in before])
     return split.transpose([before.index(a) for a in after]).reshape(_shape(target, sizes))

@@ -1,0 +1,259 @@
+"""Where each parameter of a vision tower lies in a checkpoint, in the form of `hf/videollama3.py`.
+
+A table may have more rows than one tower has leaves (biases, layer scales, registers); `rows` takes
+those of a configuration and refuses leaves without one. Keys are relative to the tower.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import jax
+import numpy as np
+from flax import nnx
+
+from vlmjax.hf.videollama3 import Row
+from vlmjax.nn import flatten, unbind, unflatten
+from vlmjax.vision.convnext import ConvNeXt, ConvNeXtConfig
+from vlmjax.vision.vit import ViT, ViTConfig
+
+PATCH = "D C p q -> (C p q) D"
+HEADS_KERNEL, HEADS_BIAS = "(N H) D -> D N H", "(N H) -> N H"
+FUSED = tuple((x, f"[{i}/3] ") for i, x in enumerate("qkv"))
+
+
+def _both(path, key, kernel="D -> D", bias="D -> D"):
+    """Rows of weight and bias, of a norm where the weight has the same axes there and here."""
+    source, target = kernel.split(" -> ")
+    leaf = "scale" if source == target else "kernel"
+    return ((f"{path}/{leaf}", f"{key}.weight", kernel), (f"{path}/bias", f"{key}.bias", bias))
+
+
+def _blocks(prefix, attn_norm, mlp_norm, q, k, v, o, up="mlp.fc1", down="mlp.fc2", fused=False):
+    """Rows of the blocks; q, k and v are one tensor if `fused`, in that order."""
+    made = (
+        *_both("attn_norm", attn_norm),
+        *_both("mlp_norm", mlp_norm),
+        *_both("attn/o", o, "D (N H) -> N H D"),
+        *_both("mlp/up", up, "M D -> D M", "M -> M"),
+        *_both("mlp/down", down, "D M -> M D"),
+    )
+    for (name, part), key in zip(FUSED, (q, k, v), strict=True):
+        part = part if fused else ""
+        made += _both(f"attn/{name}", key, part + HEADS_KERNEL, part + HEADS_BIAS)
+    return tuple((f"blocks/{path}", f"{prefix}.{key}", axes) for path, key, axes in made)
+
+
+_CLIP_BLOCKS = _blocks(
+    "encoder.layers.{}",
+    "layer_norm1",
+    "layer_norm2",
+    *(f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")),
+)
+# SigLIP, SigLIP-NaViT, DFN and CLIP as transformers saves them; 4.x puts `vision_model.` in front.
+CLIP = (
+    ("class_token/embedding", "embeddings.class_embedding", "D -> 1 D"),
+    *_both("patch", "embeddings.patch_embedding", PATCH),
+    ("position/embedding", "embeddings.position_embedding.weight", "R D -> R D"),
+    *_both("embed_norm", "pre_layrnorm"),
+    *_CLIP_BLOCKS,
+    *_both("norm", "post_layernorm"),
+)
+_DINOV2 = (
+    ("class_token/embedding", "embeddings.cls_token", "1 1 D -> 1 D"),
+    ("registers/embedding", "embeddings.register_tokens", "1 r D -> r D"),
+    *_both("patch", "embeddings.patch_embeddings.projection", PATCH),
+    ("position/embedding", "embeddings.position_embeddings", "1 R D -> R D"),
+    *_blocks(
+        "encoder.layer.{}",
+        "norm1",
+        "norm2",
+        *(f"attention.attention.{x}" for x in ("query", "key", "value")),
+        "attention.output.dense",
+    ),
+    ("blocks/attn_scale/scale", "encoder.layer.{}.layer_scale1.lambda1", "D -> D"),
+    ("blocks/mlp_scale/scale", "encoder.layer.{}.layer_scale2.lambda1", "D -> D"),
+    *_both("norm", "layernorm"),
+)
+_SWIGLU = (
+    *_both(
+        "blocks/mlp/gate", "encoder.layer.{}.mlp.weights_in", "[0/2] M D -> D M", "[0/2] M -> M"
+    ),
+    *_both("blocks/mlp/up", "encoder.layer.{}.mlp.weights_in", "[1/2] M D -> D M", "[1/2] M -> M"),
+    *_both("blocks/mlp/down", "encoder.layer.{}.mlp.weights_out", "D M -> M D"),
+)
+DINOV2 = {
+    False: _DINOV2,
+    True: tuple(row for row in _DINOV2 if not row[0].startswith("blocks/mlp/")) + _SWIGLU,
+}
+_QKV = ("attn.qkv",) * 3
+INTERNVIT = (  # OpenGVLab
+    ("class_token/embedding", "embeddings.class_embedding", "1 1 D -> 1 D"),
+    *_both("patch", "embeddings.patch_embedding", PATCH),
+    ("position/embedding", "embeddings.position_embedding", "1 R D -> R D"),
+    *_blocks("encoder.layers.{}", "norm1", "norm2", *_QKV, "attn.proj", fused=True),
+    ("blocks/attn/q_norm/scale", "encoder.layers.{}.attn.q_norm.weight", "D -> D"),
+    ("blocks/attn/k_norm/scale", "encoder.layers.{}.attn.k_norm.weight", "D -> D"),
+    ("blocks/attn_scale/scale", "encoder.layers.{}.ls1", "D -> D"),
+    ("blocks/mlp_scale/scale", "encoder.layers.{}.ls2", "D -> D"),
+)
+INTERNVIT_TRANSFORMERS = (
+    ("class_token/embedding", "embeddings.cls_token", "1 1 D -> 1 D"),
+    *_both("patch", "embeddings.patch_embeddings.projection", PATCH),
+    ("position/embedding", "embeddings.position_embeddings", "1 R D -> R D"),
+    *_blocks(
+        "encoder.layer.{}",
+        "layernorm_before",
+        "layernorm_after",
+        *(f"attention.{x}_proj" for x in "qkv"),
+        "attention.projection_layer",
+    ),
+    ("blocks/attn/q_norm/scale", "encoder.layer.{}.attention.q_norm.weight", "D -> D"),
+    ("blocks/attn/k_norm/scale", "encoder.layer.{}.attention.k_norm.weight", "D -> D"),
+    ("blocks/attn_scale/scale", "encoder.layer.{}.lambda_1", "D -> D"),
+    ("blocks/mlp_scale/scale", "encoder.layer.{}.lambda_2", "D -> D"),
+)
+EVA2 = (  # CogVLM2 and GLM-4V; the norms of a block are named after where others have them
+    ("class_token/embedding", "patch_embedding.cls_embedding", "1 D -> 1 D"),
+    *_both("patch", "patch_embedding.proj", PATCH),
+    ("position/embedding", "patch_embedding.position_embedding.weight", "R D -> R D"),
+    *_blocks(
+        "transformer.layers.{}",
+        "input_layernorm",
+        "post_attention_layernorm",
+        *("attention.query_key_value",) * 3,
+        "attention.dense",
+        fused=True,
+    ),
+)
+TIMM = (  # SigLIP of MiniCPM-V 2.0 and Cambrian-1
+    *_both("patch", "patch_embed.proj", PATCH),
+    ("position/embedding", "pos_embed", "1 R D -> R D"),
+    *_blocks("blocks.{}", "norm1", "norm2", *_QKV, "attn.proj", fused=True),
+    *_both("norm", "norm"),
+)
+CONVNEXT_STEM = (  # timm
+    *_both("stem", "stem.0", "D C p q -> (C p q) D"),
+    *_both("stem_norm", "stem.1"),
+)
+CONVNEXT_STAGE = (
+    *_both("down_norm", "downsample.0", "I -> I", "I -> I"),
+    *_both("down", "downsample.1", "D I p q -> (p q I) D"),
+    *_both("blocks/conv", "blocks.{}.conv_dw", "D 1 h w -> h w 1 D"),
+    *_both("blocks/norm", "blocks.{}.norm"),
+    *_both("blocks/mlp/up", "blocks.{}.mlp.fc1", "M D -> D M", "M -> M"),
+    *_both("blocks/mlp/down", "blocks.{}.mlp.fc2", "D M -> M D"),
+    ("blocks/layer_scale/scale", "blocks.{}.gamma", "D -> D"),
+)
+TABLES = {
+    "clip": CLIP,
+    "siglip": CLIP,
+    "dinov2": DINOV2,
+    "internvit": INTERNVIT,
+    "internvit_transformers": INTERNVIT_TRANSFORMERS,
+    "eva2": EVA2,
+    "timm": TIMM,
+}
+# What towers hold and features do not need, beside blocks behind the features and a final norm.
+DROPPED = (r"embeddings\.position_ids", r"embeddings\.mask_token", r"head\..*", r"attn_pool\..*")
+
+
+def rows(
+    cfg: ViTConfig | ConvNeXtConfig, layout: str, prefix: str = "", root: str = "vision"
+) -> list[Row]:
+    """The table of one tower.
+
+    Args:
+      layout: a key of `TABLES`, or "convnext" for a `ConvNeXtConfig`.
+      prefix: what the keys of the tower start with in the checkpoint.
+      root: where the tower is in our tree.
+    """
+    shapes = _shapes(cfg)
+    if layout == "convnext":
+        made = _convnext_rows(cfg, prefix, root)
+    elif layout in TABLES:
+        table = TABLES[layout]
+        table = table[cfg.gated] if isinstance(table, dict) else table
+        made = _rows(table, cfg.blocks, _vit_sizes(cfg), prefix, root)
+    else:
+        raise ValueError(
+            f"unknown tower layout {layout!r}; choose one of {sorted(TABLES)} or 'convnext'"
+        )
+    made = [row for row in made if row.path.removeprefix(f"{root}/") in shapes]
+    found = {row.path.removeprefix(f"{root}/"): row.shape for row in made}
+    if found != shapes:
+        wrong = sorted(p for p in shapes if found.get(p) != shapes[p])
+        raise ValueError(
+            f"the layout {layout!r} does not hold {', '.join(wrong)} of {cfg}; choose the layout "
+            "of that tower, or the fields of the tower of that layout"
+        )
+    return made
+
+
+def load(table: Iterable[Row], tensors: Mapping[str, np.ndarray]) -> dict:
+    """The parameters of a table from tensors by key: a nested dict of arrays."""
+    return unflatten(
+        {
+            row.path: np.stack([row.load(tensors[key]) for key in row.keys])
+            if row.stacked
+            else row.load(tensors[row.keys[0]])
+            for row in table
+        }
+    )
+
+
+def store(table: Iterable[Row], params: Mapping) -> dict[str, np.ndarray]:
+    """The inverse of `load`: tensors by key, those of several rows put together."""
+    leaves, parts = flatten(params), {}
+    for row in table:
+        leaf = leaves[row.path]
+        for i, key in enumerate(row.keys):
+            ours = np.asarray(leaf[i] if row.stacked else leaf)
+            parts.setdefault(key, {})[row.part[0]] = row.store(ours)
+    return {
+        key: np.concatenate([found[i] for i in sorted(found)]) if len(found) > 1 else found[0]
+        for key, found in parts.items()
+    }
+
+
+def _shapes(cfg) -> dict[str, tuple]:
+    """path -> shape of each leaf of a tower."""
+    make = ConvNeXt if isinstance(cfg, ConvNeXtConfig) else ViT
+    params = jax.eval_shape(lambda: unbind(make(cfg, rngs=nnx.Rngs(0)))[1])
+    return {path: x.shape for path, x in flatten(params).items()}
+
+
+def _rows(table, layers, sizes, prefix, root) -> list[Row]:
+    return [
+        Row(
+            f"{root}/{path}",
+            tuple(prefix + key.format(i) for i in range(layers if "{}" in key else 1)),
+            "{}" in key,
+            axes,
+            sizes,
+        )
+        for path, key, axes in table
+    ]
+
+
+def _vit_sizes(cfg: ViTConfig) -> dict[str, int]:
+    return {
+        "D": cfg.width,
+        "M": cfg.mlp,
+        "N": cfg.heads,
+        "H": cfg.head_dim,
+        "C": 3,
+        "p": cfg.patch,
+        "q": cfg.patch,
+        "R": cfg.side**2 + (cfg.prefix > 0),
+        "r": cfg.prefix - 1,
+    }
+
+
+def _convnext_rows(cfg: ConvNeXtConfig, prefix: str, root: str) -> list[Row]:
+    stem = {"D": cfg.widths[0], "C": 3, "p": cfg.patch, "q": cfg.patch}
+    made = _rows(CONVNEXT_STEM, 0, stem, prefix, root)
+    for i, (width, depth) in enumerate(zip(cfg.widths, cfg.depths, strict=True)):
+        sizes = {"D": width, "M": cfg.ratio * width, "I": cfg.widths[i - 1], "p": 2, "q": 2}
+        sizes |= {"h": cfg.kernel, "w": cfg.kernel}
+        key, path = f"{prefix}stages.{i}.", f"{root}/stage_{i}"
+        made += _rows(CONVNEXT_STAGE, depth, sizes, key, path)
+    return made
