@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from vlmjax import hf, vlm
 from vlmjax.batch import Budget
+from vlmjax.connectors import units
 from vlmjax.data.pack import pack, size
 from vlmjax.data.processor import Processor, ProcessorConfig
 from vlmjax.data.sample import Item, Sample
@@ -189,9 +190,10 @@ def test_golden_videollama3(tmp_path):
     def run(model, batch):
         spec = vlm.AttentionSpec(model.cfg.compute.attention, model.cfg.compute.vision_block)
         patches = batch.patches, batch.patch_coords, batch.patch_segments
-        merged = vlm.merge_windows(model.vision(*patches, attention=spec), batch.windows)
-        hidden = model.decode(model.embed(batch, model.connector(merged)), batch)
-        return merged, model.connector(merged), model.llm.logits(hidden)
+        x, mask = units.gather(model.vision(*patches, attention=spec), batch.windows)
+        visual = model.connector((x,), (mask,))[:, :, 0]
+        hidden = model.decode(model.embed(batch, visual), batch)
+        return units.mean(x, mask), visual, model.llm.logits(hidden)
 
     merged, visual, logits = (np.asarray(x) for x in run(model, batch))
     ours = {}
