@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from vlmjax import hf, vlm
 from vlmjax.batch import Budget, Form
+from vlmjax.connectors import units
 from vlmjax.data.pack import pack, size
 from vlmjax.data.processor import Processor, ProcessorConfig
 from vlmjax.data.sample import Item, Sample
@@ -189,10 +190,10 @@ def test_golden_videollama3(tmp_path):
     @jax.jit
     def run(model, batch):
         spec = vlm.AttentionSpec(model.cfg.compute.attention, model.cfg.compute.vision_block)
-        features = model.vision(batch.patches[0], attention=spec)
-        merged = units.mean(*units.gather(features, batch.units[0].index))
-        hidden = model.decode(model.embed(batch, model.connector(merged)), batch)
-        return merged, model.connector(merged), model.llm.logits(hidden)
+        x, mask = units.gather(model.vision(batch.patches[0], attention=spec), batch.units[0].index)
+        visual = model.connector((x,), (mask,))[:, :, 0]
+        hidden = model.decode(model.embed(batch, visual), batch)
+        return units.mean(x, mask), visual, model.llm.logits(hidden)
 
     merged, visual, logits = (np.asarray(x) for x in run(model, batch))
     ours = {}

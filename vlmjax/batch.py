@@ -29,6 +29,45 @@ from typing import NamedTuple
 import numpy as np
 
 
+@dataclasses.dataclass(frozen=True)
+class UnitRule:
+    """Which patches a connector maps at once: a window of a grid, or a whole map.
+
+    A grid is that of a view, or of several views laid side by side. In a list of units, i32[U, G]
+    slots of the encoder's output, -1 is no patch (the connector reads zeros) and -2 - slot a patch
+    that is there but must not be attended to.
+
+    Attributes:
+      kind: "window" or "map".
+      side: rows and columns of a window; its patches come in reading order.
+      pad: whether windows at the right and bottom edge may be incomplete; otherwise the rest of the
+        grid is left out.
+      order: of windows, "row" or "column" after column; of the patches of a map, "row" or "cell"
+        after cell of an `out` grid of equal rectangles.
+      out: rows and columns of the tokens of a map, None where a token has no place in it.
+      prefix: slots in front of the patches of a map: class token, registers.
+    """
+
+    kind: str = "window"
+    side: int = 1
+    pad: bool = True
+    order: str = "row"
+    out: tuple[int, int] | None = None
+    prefix: int = 0
+
+    def __post_init__(self):
+        orders = {"window": ("row", "column"), "map": ("row", "cell")}
+        if self.kind not in orders or self.order not in orders[self.kind] or self.side < 1:
+            raise ValueError(
+                f"{self} is not a rule: kind is one of {sorted(orders)} with order "
+                f"{' or '.join(map(str, orders.values()))}, and side is at least 1"
+            )
+        if self.order == "cell" and self.out is None:
+            raise ValueError(
+                f"{self}: order='cell' needs the grid of cells; set out=(rows, columns)"
+            )
+
+
 class Patches(NamedTuple):
     """Packed patches of one encoder: views (images, frames or tiles) one after another in each row.
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vlmjax.batch import Patches
+from vlmjax.connectors import units
 from vlmjax.connectors.mlp import MLP, MLPConfig
 from vlmjax.kernels.attention.api import AttentionSpec
 from vlmjax.llm.decoder import Decoder, DecoderConfig
@@ -22,7 +22,7 @@ from vlmjax.nn import bind, unbind
 from vlmjax.sharding import layout_of
 from vlmjax.vision.vit import ViT, ViTConfig
 
-__all__ = ["VLM", "Compute", "VLMConfig", "bind", "merge_windows", "place_tokens", "unbind"]
+__all__ = ["VLM", "Compute", "VLMConfig", "bind", "place_tokens", "unbind"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,23 +68,6 @@ class VLMConfig:
         return self.vision.patch_dim if self.vision else 0
 
 
-def merge_windows(features, windows):
-    """Returns [B, U, D]: the mean, in f32, of the patch features that form each visual token.
-
-    For a 2x2 window this is the reference's bilinear downsampling, bit for bit in bf16.
-
-    Args:
-      features: [B, P, D].
-      windows: i32[B, U, G] patch indices, -1 = none. A token with none gives 0.
-    """
-    B, U, G = windows.shape
-    index = jnp.maximum(windows, 0).reshape(B, U * G, 1)
-    x = jnp.take_along_axis(features, index, axis=1).reshape(B, U, G, -1)
-    x = jnp.where((windows >= 0)[..., None], x.astype(jnp.float32), 0)
-    count = jnp.maximum((windows >= 0).sum(-1, keepdims=True), 1)
-    return (x.sum(2) / count).astype(features.dtype)
-
-
 def place_tokens(text, visual, source):
     """Returns [B, T, D]: visual tokens where the text left room for them.
 
@@ -104,7 +87,7 @@ class VLM(nnx.Module):
         self.cfg = cfg
         if cfg.vision is not None:
             self.vision = ViT(cfg.vision, rngs=rngs)
-            self.connector = MLP(cfg.connector, cfg.vision.width, cfg.llm.width, rngs=rngs)
+            self.connector = MLP(cfg.connector, (cfg.vision.width,), cfg.llm.width, rngs=rngs)
         self.llm = Decoder(cfg.llm, rngs=rngs)
 
     def encode(self, batch):
@@ -120,7 +103,9 @@ class VLM(nnx.Module):
         with jax.named_scope("connector"):
             # What a row needs is brought to its devices here, and only here.
             features = layout_of("vision", *features.shape[:2]).whole_rows(features)
-            visual = self.connector(merge_windows(features, batch.windows))
+            x, mask = units.gather(features, batch.windows)
+            visual = self.connector((x,), (mask,))
+            visual = visual.reshape(len(visual), -1, visual.shape[-1])
             return layout_of("llm", *batch.tokens.shape).whole_rows(visual)
 
     def embed(self, batch, visual):

@@ -1,21 +1,13 @@
-"""Where each parameter of VideoLLaMA3 lies in a checkpoint: one table, read in both directions.
+"""Where each parameter of VideoLLaMA3 lies in a checkpoint: tables in the form of `table.py`.
 
-A row is (path in our tree, key in the checkpoint, axes there -> axes here). Axes are those of
-`nn.py`, with a group in brackets where several are one dimension: `(N H) D -> D N H` says that the
-torch weight [N*H, D] is our kernel [D, N, H], and a 1 is a dimension of that size. Where several of
-our leaves lie behind each other in one tensor, `[1/3]` in front says that ours is part 1 (from 0)
-of 3 of its first dimension. A key with `{}` occurs once per layer; our leaf then
-stacks them along a leading axis L. Paths and keys are relative to a module; `LAYOUTS` says under
-which prefix each kind of checkpoint keeps each module, and what a kind holds that we do not use.
+Paths and keys are relative to a module; `LAYOUTS` says under which prefix each kind of checkpoint
+keeps each module, and what a kind holds that we do not use.
 """
 
-import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
-
+from vlmjax.hf.table import Row, make_rows
 from vlmjax.vlm import VLMConfig
 
 VISION = (
@@ -150,45 +142,6 @@ def find_layout(keys: Iterable[str]) -> str:
     )
 
 
-@dataclass(frozen=True)
-class Row:
-    """One of our leaves: its path, the checkpoint keys that make it up, and both shapes."""
-
-    path: str
-    keys: tuple[str, ...]
-    stacked: bool
-    axes: str
-    sizes: dict[str, int]
-
-    @property
-    def part(self) -> tuple[int, int]:
-        """(i, n): our leaf is part i of n of the stored tensor; (0, 1) = all of it."""
-        found = re.match(r"\[(\d+)/(\d+)\]", self.axes)
-        return (int(found[1]), int(found[2])) if found else (0, 1)
-
-    @property
-    def stored_shape(self):
-        first, *others = _shape(self._sides[0], self.sizes)
-        return (first * self.part[1], *others)
-
-    @property
-    def shape(self):
-        return (len(self.keys),) * self.stacked + _shape(self._sides[1], self.sizes)
-
-    @property
-    def _sides(self):
-        return self.axes.split("]")[-1].split("->")
-
-    def load(self, stored: np.ndarray) -> np.ndarray:
-        i, n = self.part
-        size = len(stored) // n
-        return _rearrange(stored[i * size : (i + 1) * size], *self._sides, self.sizes)
-
-    def store(self, ours: np.ndarray) -> np.ndarray:
-        """The stored tensor, or our part of it."""
-        return _rearrange(ours, *reversed(self._sides), self.sizes)
-
-
 def rows(cfg: VLMConfig, layout: str, modules: Iterable[str] = MODULES) -> list[Row]:
     """The table for one configuration in one layout, decoder head included unless it is tied."""
     if cfg.connector.layers != 2:
@@ -202,13 +155,9 @@ def rows(cfg: VLMConfig, layout: str, modules: Iterable[str] = MODULES) -> list[
     made = []
     for module in modules:
         prefix, sizes = LAYOUTS[layout].prefixes[module], _sizes(cfg, module)
-        for path, key, axes in tables[module]:
-            stacked = "{}" in key
-            keys = tuple(prefix + key.format(i) for i in range(layers[module] if stacked else 1))
-            made.append(Row(f"{module}/{path}", keys, stacked, axes, sizes))
+        made += make_rows(tables[module], sizes, layers[module], f"{module}/", prefix)
         if module == "llm" and not cfg.llm.tie:
-            path, key, axes = HEAD
-            made.append(Row(f"llm/{path}", (key,), False, axes, sizes))
+            made += make_rows((HEAD,), sizes, path="llm/")
     return made
 
 
@@ -227,18 +176,3 @@ def _sizes(cfg: VLMConfig, module: str) -> dict[str, int]:
     if module == "connector":
         return {"I": v.width, "D": t.width, "E": t.width}
     return {"V": t.vocab, "D": t.width, "M": t.mlp, "N": t.heads, "K": t.kv_heads, "H": t.head_dim}
-
-
-def _groups(axes: str) -> list[list[str]]:
-    """`(N H) D` -> [[N, H], [D]]."""
-    return [(group or single).split() for group, single in re.findall(r"\(([^)]*)\)|(\S+)", axes)]
-
-
-def _shape(axes: str, sizes: dict[str, int]) -> tuple[int, ...]:
-    return tuple(math.prod(sizes[a] for a in group if a != "1") for group in _groups(axes))
-
-
-def _rearrange(x: np.ndarray, source: str, target: str, sizes: dict[str, int]) -> np.ndarray:
-    before, after = ([a for g in _groups(axes) for a in g if a != "1"] for axes in (source, target))
-    split = x.reshape([sizes[a] for a in before])
-    return split.transpose([before.index(a) for a in after]).reshape(_shape(target, sizes))
