@@ -1,19 +1,13 @@
-"""Where each parameter of VideoLLaMA3 lies in a checkpoint: one table, read in both directions.
+"""Where each parameter of VideoLLaMA3 lies in a checkpoint: tables in the form of `table.py`.
 
-A row is (path in our tree, key in the checkpoint, axes there -> axes here). Axes are those of
-`nn.py`, with a group in brackets where several are one dimension: `(N H) D -> D N H` says that the
-torch weight [N*H, D] is our kernel [D, N, H]. A key with `{}` occurs once per layer; our leaf then
-stacks them along a leading axis L. Paths and keys are relative to a module; `LAYOUTS` says under
-which prefix each kind of checkpoint keeps each module, and what a kind holds that we do not use.
+Paths and keys are relative to a module; `LAYOUTS` says under which prefix each kind of checkpoint
+keeps each module, and what a kind holds that we do not use.
 """
 
-import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
-
+from vlmjax.hf.table import Row, make_rows
 from vlmjax.vlm import VLMConfig
 
 VISION = (
@@ -148,31 +142,6 @@ def find_layout(keys: Iterable[str]) -> str:
     )
 
 
-@dataclass(frozen=True)
-class Row:
-    """One of our leaves: its path, the checkpoint keys that make it up, and both shapes."""
-
-    path: str
-    keys: tuple[str, ...]
-    stacked: bool
-    axes: str
-    sizes: dict[str, int]
-
-    @property
-    def stored_shape(self):
-        return _shape(self.axes.split("->")[0], self.sizes)
-
-    @property
-    def shape(self):
-        return (len(self.keys),) * self.stacked + _shape(self.axes.split("->")[1], self.sizes)
-
-    def load(self, stored: np.ndarray) -> np.ndarray:
-        return _rearrange(stored, *self.axes.split("->"), self.sizes)
-
-    def store(self, ours: np.ndarray) -> np.ndarray:
-        return _rearrange(ours, *reversed(self.axes.split("->")), self.sizes)
-
-
 def rows(cfg: VLMConfig, layout: str, modules: Iterable[str] = MODULES) -> list[Row]:
     """The table for one configuration in one layout, decoder head included unless it is tied."""
     if cfg.connector.layers != 2:
@@ -186,13 +155,9 @@ def rows(cfg: VLMConfig, layout: str, modules: Iterable[str] = MODULES) -> list[
     made = []
     for module in modules:
         prefix, sizes = LAYOUTS[layout].prefixes[module], _sizes(cfg, module)
-        for path, key, axes in tables[module]:
-            stacked = "{}" in key
-            keys = tuple(prefix + key.format(i) for i in range(layers[module] if stacked else 1))
-            made.append(Row(f"{module}/{path}", keys, stacked, axes, sizes))
+        made += make_rows(tables[module], sizes, layers[module], f"{module}/", prefix)
         if module == "llm" and not cfg.llm.tie:
-            path, key, axes = HEAD
-            made.append(Row(f"llm/{path}", (key,), False, axes, sizes))
+            made += make_rows((HEAD,), sizes, path="llm/")
     return made
 
 
@@ -211,19 +176,3 @@ def _sizes(cfg: VLMConfig, module: str) -> dict[str, int]:
     if module == "connector":
         return {"I": v.width, "D": t.width, "E": t.width}
     return {"V": t.vocab, "D": t.width, "M": t.mlp, "N": t.heads, "K": t.kv_heads, "H": t.head_dim}
-
-
-def _groups(axes: str) -> list[list[str]]:
-    """`(N H) D` -> [[N, H], [D]]."""
-    return [(group or single).split() for group, single in re.findall(r"\(([^)]*)\)|(\S+)", axes)]
-
-
-def _shape(axes: str, sizes: dict[str, int]) -> tuple[int, ...]:
-    return tuple(math.prod(sizes[a] for a in group) for group in _groups(axes))
-
-
-def _rearrange(x: np.ndarray, source: str, target: str, sizes: dict[str, int]) -> np.ndarray:
-    before = [a for group in _groups(source) for a in group]
-    after = [a for group in _groups(target) for a in group]
-    split = x.reshape([sizes[a] for a in before])
-    return split.transpose([before.index(a) for a in after]).reshape(_shape(target, sizes))

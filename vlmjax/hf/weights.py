@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from vlmjax.hf.config import CONFIG, read_config, read_module_config
+from vlmjax.hf.table import Row, by_key
 from vlmjax.hf.tensors import DTYPES, Tensor, TensorDirectory
-from vlmjax.hf.videollama3 import HEAD, LAYOUTS, MODULES, Row, find_layout, rows
+from vlmjax.hf.videollama3 import HEAD, LAYOUTS, MODULES, find_layout, rows
 from vlmjax.vlm import VLMConfig
 
 # What the shapes of a checkpoint do not show (a width of 24 may be 2 heads of 12 or 3 of 8);
@@ -160,12 +161,17 @@ def _float(dtype) -> np.dtype:
 
 
 def export_tensors(cfg: VLMConfig, params: Mapping, dtype=None) -> list[Tensor]:
-    """The tensors of the transformers layout, each made from the parameters when its turn comes.
+    """The tensors of the transformers layout."""
+    return table_tensors(rows(cfg, "transformers"), params, dtype)
+
+
+def table_tensors(table: list[Row], params: Mapping, dtype=None) -> list[Tensor]:
+    """The tensors of a table, each made from the parameters when its turn comes.
 
     A stacked leaf is sliced on the device where it lives, so that the host never holds more than
     one tensor.
     """
-    leaves, table = dict(_flatten(params)), rows(cfg, "transformers")
+    leaves = dict(_flatten(params))
     shapes = {row.path: row.shape for row in table}
     missing = [path for path in shapes if path not in leaves]
     unexpected = [path for path in leaves if path not in shapes]
@@ -176,16 +182,22 @@ def export_tensors(cfg: VLMConfig, params: Mapping, dtype=None) -> list[Tensor]:
     ]
     _fail("the parameters do not fit the configuration", missing, unexpected, wrong)
     tensors = []
-    for row in table:
-        leaf = leaves[row.path]
-        target = _float(dtype or leaf.dtype)
-        for i, key in enumerate(row.keys):
-            tensors.append(Tensor(key, target, row.stored_shape, _maker(row, leaf, i, target)))
+    for key, parts in by_key(table).items():
+        held = [(row, leaves[row.path], layer) for row, layer in parts]
+        target = _float(dtype or np.result_type(*{leaf.dtype for _, leaf, _ in held}))
+        shape = parts[0][0].stored_shape
+        tensors.append(Tensor(key, target, shape, _maker(held, shape, target)))
     return tensors
 
 
-def _maker(row: Row, leaf, i: int, dtype: np.dtype):
-    return lambda: row.store(np.asarray(leaf[i] if row.stacked else leaf)).astype(dtype, copy=False)
+def _maker(held: list[tuple[Row, object, int]], shape: tuple[int, ...], dtype: np.dtype):
+    def make():
+        stored = np.empty(shape, dtype)
+        for row, leaf, layer in held:
+            row.put(np.asarray(leaf[layer] if row.stacked else leaf), stored)
+        return stored
+
+    return make
 
 
 def _flatten(tree: Mapping, prefix=""):
