@@ -15,7 +15,8 @@ from vlmjax.rope import rotate
 class Attention(nnx.Module):
     """o(attend(q(x), k(x), v(x))) with N query heads on K key-value heads.
 
-    With `qk_norm_eps`, an RMSNorm over all heads together comes after q and after k.
+    With `qk_norm_eps`, an RMSNorm comes after q and after k: over all heads together, or over the
+    channels of each head ("head").
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class Attention(nnx.Module):
         o_bias,
         out_scale=1.0,
         qk_norm_eps=None,
+        qk_norm="width",
     ):
         q, kv = (heads, head_dim), (kv_heads, head_dim)
         self.q = Dense((width,), q, ("embed",), ("heads", "head_dim"), rngs=rngs, bias=qkv_bias)
@@ -37,10 +39,23 @@ class Attention(nnx.Module):
         self.v = Dense((width,), kv, ("embed",), ("kv_heads", "head_dim"), rngs=rngs, bias=qkv_bias)
         axes = ("heads", "head_dim"), ("embed",)
         self.o = Dense(q, (width,), *axes, rngs=rngs, bias=o_bias, scale=out_scale)
-        self.q_norm = self.k_norm = None
-        if qk_norm_eps is not None:
-            self.q_norm = RMSNorm(heads * head_dim, qk_norm_eps, rngs=rngs)
-            self.k_norm = RMSNorm(kv_heads * head_dim, qk_norm_eps, rngs=rngs)
+        self.qk_norm = "none" if qk_norm_eps is None else qk_norm
+        if self.qk_norm != "none":
+            of_q, of_k = (1, 1) if qk_norm == "head" else (heads, kv_heads)
+            self.q_norm = RMSNorm(of_q * head_dim, qk_norm_eps, rngs=rngs)
+            self.k_norm = RMSNorm(of_k * head_dim, qk_norm_eps, rngs=rngs)
+
+    def project(self, x):
+        """Returns q [B, T, N, H], k and v [B, T, K, H], without their rotary positions."""
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        elif self.qk_norm == "width":
+            q, k = (
+                norm(y.reshape(*y.shape[:2], -1)).reshape(y.shape)
+                for norm, y in ((self.q_norm, q), (self.k_norm, k))
+            )
+        return q, k, v
 
     def __call__(self, x, attend, cache=None):
         """Returns ([B, T, D], what `attend` keeps).
@@ -51,13 +66,7 @@ class Attention(nnx.Module):
             positions.
           cache: of this layer, or None.
         """
-        q, k = self.q(x), self.k(x)
-        if self.q_norm is not None:
-            q, k = (
-                norm(y.reshape(*y.shape[:2], -1)).reshape(y.shape)
-                for norm, y in ((self.q_norm, q), (self.k_norm, k))
-            )
-        out, cache = attend(q, k, self.v(x), cache)
+        out, cache = attend(*self.project(x), cache)
         return self.o(out), cache
 
 
@@ -84,17 +93,18 @@ def packed(segments, angles, *, size, causal, spec, layout):
     return attend
 
 
-def cached(positions, angles):
-    """Returns the `attend` that appends to a cache and sees everything up to its own position.
+def cached(slots, angles):
+    """Returns the `attend` that appends to a cache and sees everything up to its own slot.
 
-    Slot j of the cache holds position j, so a query sees slots 0 .. its position. Slots after the
-    last written one hold leftovers that no query can see before they are overwritten.
+    A query sees slots 0 .. its own. Slots after the last written one hold leftovers that no query
+    can see before they are overwritten.
 
     Args:
-      positions: i32[B, T] of the new tokens, consecutive in each row.
+      slots: i32[B, T] of the cache for the new tokens, consecutive in each row; rotary positions
+        need not be the same, tokens may share them.
       angles: f32[B, T, H/2] of the rotary positions.
     """
-    start = positions[:, 0]
+    start = slots[:, 0]
 
     def attend(q, k, v, cache):
         write = jax.vmap(
@@ -104,7 +114,7 @@ def cached(positions, angles):
         )
         q, k = rotate(q, angles), rotate(k, angles)
         k, v = write(cache[0], k, start), write(cache[1], v, start)
-        mask = jnp.arange(k.shape[1]) <= positions[:, :, None]
+        mask = jnp.arange(k.shape[1]) <= slots[:, :, None]
         return ref.masked_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask), (k, v)
 
     return attend

@@ -14,7 +14,7 @@ from vlmjax.data.processor import Processor, ProcessorConfig
 from vlmjax.data.sources import open_source
 from vlmjax.data.stream import Mixture
 from vlmjax.data.tokenizer import Tokenizer
-from vlmjax.llm import decoder
+from vlmjax.llm import decoder, presets
 from vlmjax.nn import flatten
 from vlmjax.train.optimizer import OptimConfig
 from vlmjax.vision import vit
@@ -155,7 +155,7 @@ def model_config(values):
         connector=section(MLPConfig, values.get("connector", {}), "model.connector")
         if sees
         else None,
-        llm=preset(decoder.DecoderConfig, decoder.PRESETS, values["llm"], "model.llm"),
+        llm=preset(decoder.DecoderConfig, presets.PRESETS, values["llm"], "model.llm"),
         compute=section(Compute, values.get("compute", {}), "model.compute"),
     )
 

@@ -8,9 +8,14 @@ import jax.numpy as jnp
 from vlmjax.kernels.attention import ref
 
 
-def angles_1d(positions, head_dim, theta):
-    """Returns f32[..., H/2]: position * theta^(-2j/H) for j = 0 .. H/2 - 1."""
+def angles_1d(positions, head_dim, theta, divisors=None):
+    """Returns f32[..., H/2]: position * theta^(-2j/H) for j = 0 .. H/2 - 1.
+
+    Args:
+      divisors: f32[H/2] or f32[1] of these frequencies; None = 1.
+    """
     freq = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    freq = freq if divisors is None else freq / divisors
     return positions[..., None].astype(jnp.float32) * freq
 
 

@@ -27,8 +27,8 @@ from vlmjax.data.tokenizer import byte_tokenizer
 from vlmjax.hf.config import make_config
 from vlmjax.hf.tensors import MAX_SHARD_SIZE, SINGLE, split_shards
 from vlmjax.hf.weights import export_tensors
-from vlmjax.llm.decoder import PRESETS as DECODERS
 from vlmjax.llm.decoder import DecoderConfig
+from vlmjax.llm.presets import PRESETS as DECODERS
 from vlmjax.vision.vit import PRESETS as TOWERS
 from vlmjax.vision.vit import ViTConfig
 

@@ -87,7 +87,20 @@ def prefill(graphdef, params, batch, lengths, slots):
 @functools.partial(
     jax.jit, static_argnames=("graphdef", "new", "sampling"), donate_argnames=("cache",)
 )
-def decode(graphdef, params, cache, logits, lengths, ids, seed, stop_ids, limit, new, sampling):
+def decode(
+    graphdef,
+    params,
+    cache,
+    logits,
+    lengths,
+    ids,
+    seed,
+    stop_ids,
+    limit,
+    new,
+    sampling,
+    positions=None,
+):
     """Returns `Decoded`: at most `limit` tokens a row.
 
     The last token of a row is not in the cache yet when the row has not stopped.
@@ -103,9 +116,12 @@ def decode(graphdef, params, cache, logits, lengths, ids, seed, stop_ids, limit,
       limit: i32[], at most `new`.
       new: static size of the result.
       sampling: a `SamplingConfig`, static.
+      positions: i32[B], the rotary position of the first new token where it differs from the
+        number of tokens before it, because these share positions; None = lengths.
     """
     model = bind(graphdef, params)
     B = len(lengths)
+    positions = lengths if positions is None else positions
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), ids)
     idle = lengths == 0
 
@@ -127,7 +143,8 @@ def decode(graphdef, params, cache, logits, lengths, ids, seed, stop_ids, limit,
     def advance(carry):
         loop, cache = carry
         x = model.llm.embed(loop.token[:, None], jnp.dtype(model.cfg.compute.dtype))
-        hidden, cache = model.llm(x, (lengths + loop.step - 1)[:, None], cache=cache)
+        at, slots = ((first + loop.step - 1)[:, None] for first in (positions, lengths))
+        hidden, cache = model.llm(x, at, cache=cache, slots=slots)
         return add(loop, model.llm.logits(hidden[:, 0])), cache
 
     def unfinished(carry):
@@ -150,6 +167,12 @@ def decode(graphdef, params, cache, logits, lengths, ids, seed, stop_ids, limit,
 def score(graphdef, params, batch):
     """Returns f32[B, T, V], the scores at every position."""
     return bind(graphdef, params).logits(batch)
+
+
+def _next_positions(batch, lengths):
+    """Returns i32[B]: the rotary position after the last token of each row, 0 for an empty one."""
+    rows = np.arange(len(lengths))
+    return np.where(lengths > 0, batch.positions[rows, lengths - 1] + 1, 0).astype(np.int32)
 
 
 class Generator:
@@ -279,6 +302,7 @@ class Generator:
                 np.int32(max_new_tokens),
                 new=new,
                 sampling=sampling,
+                positions=_next_positions(batch, lengths),
             )[:3],
         )
         return [
