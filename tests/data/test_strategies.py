@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from vlmjax.data.anyres import cap, fit, select_canvas, unpad
-from vlmjax.data.strategies import STRATEGIES, Plan, strategy
+from vlmjax.data.strategies import strategy
 from vlmjax.data.views import render
 
 SIDE = {"default": (336, 24, 0), "max9": (384, 27, 9), "custom": (224, 16, 4)}

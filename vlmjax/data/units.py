@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vlmjax.data.anyres import unpad
+
 
 class Units(NamedTuple):
     """U units of at most G patches; a size or grid is (rows, columns).
@@ -69,9 +71,7 @@ def join(parts: Iterable[Units]) -> Units:
     most = max(part.index.shape[1] for part in parts)
 
     def fill(values, empty):
-        return np.pad(
-            values, ((0, 0), (0, most - values.shape[1])), constant_values=empty
-        )
+        return np.pad(values, ((0, 0), (0, most - values.shape[1])), constant_values=empty)
 
     def gather(field, empty):
         values = [getattr(part, field) for part in parts]
@@ -199,3 +199,46 @@ def ceil_bilinear(patches: np.ndarray, stride: int) -> Units:
 
 
 POOLS = {"average": average, "max": maximum, "bilinear": ceil_bilinear}
+
+
+def query_major(patches: np.ndarray, side: int) -> np.ndarray:
+    """Returns i32[side * side, w * w]: the window of each query of a side x side grid.
+
+    `patches` is a (side * w, side * w) map, or an array whose first two axes are one.
+    """
+    h, w = patches.shape[:2]
+    if h % side or w % side:
+        raise ValueError(
+            f"a map of {h}x{w} has no equal windows for {side}x{side} queries: resize the "
+            f"encoder's features to a multiple of {side} (Cambrian resizes 27x27 to 24x24)"
+        )
+    cut = patches.reshape(side, h // side, side, w // side, *patches.shape[2:]).swapaxes(1, 2)
+    return cut.reshape(side * side, (h // side) * (w // side), *patches.shape[2:])
+
+
+def sva(
+    maps: Sequence[np.ndarray], side: int, size: tuple[int, int], rounding: str = "original"
+) -> list[Units]:
+    """Returns one unit for each tower: what the queries of Cambrian's SVA may see.
+
+    Args:
+      maps: for each tower the i32 map of its features over a picture padded to a square.
+      side: of the grid of queries.
+      size: (h, w) of the picture before it was padded.
+      rounding: of the padding, see `anyres.unpad`.
+
+    Returns:
+      Units of one row each: features in the order of queries, then of the places in their window.
+      The mask hides padding; a query whose window is all padding sees all of it.
+    """
+    towers = []
+    for patches in maps:
+        top, left, rows, columns = unpad(patches.shape, size, rounding)
+        seen = np.zeros(patches.shape, bool)
+        seen[top : top + rows, left : left + columns] = True
+        seen = query_major(seen, side)
+        seen |= ~seen.any(1, keepdims=True)
+        index = query_major(patches, side).reshape(1, -1)
+        units = _units(index, None, patches.shape, (side, side))
+        towers.append(units._replace(mask=seen.reshape(1, -1)))
+    return towers
