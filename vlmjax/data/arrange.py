@@ -1,0 +1,276 @@
+"""The sequence that stands for an image or a video: which visual token comes where, and between.
+
+    form = Format(layout="tiles", unpad="original", newline="row", specials=("image_newline",))
+    pieces, pool = arrange(tiling, [(24, 24)] * len(tiling.views), form)
+
+The visual tokens of an image are numbered as the connector makes them: unit after unit. A piece is
+control token, text, or an i32 array of visual tokens, in which -1 - k is the k-th learned vector of
+`Format.specials`. Where tokens are pooled after the connector, `pool` says how and the pieces count
+the pooled tokens.
+
+Layouts:
+
+    "flat"    the tokens as they come: LLaVA-1.5, InternVL, 360VL, VILA, CogVLM2, GLM-4V
+    "tiles"   the whole view, then the rows of the map that the tiles form: AnyRes
+    "square"  the rows of the one map of a picture that was padded to a square: Cambrian-1
+    "slices"  <image>...</image><slice><image>...</image>...\\n...</slice>\\n: MiniCPM-V
+    "frames"  the pooled frames of a video one after another: LLaVA-NeXT-Video
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from vlmjax.data import units
+from vlmjax.data.anyres import READINGS, cap, unpad
+from vlmjax.data.chat import CONTROL, TEXT, VISUAL
+from vlmjax.data.views import Tiling
+
+
+class Piece(NamedTuple):
+    """A part of the sequence.
+
+    Attributes:
+      kind: `chat.CONTROL`, `chat.TEXT` or `chat.VISUAL`.
+      value: the token's name, the text, or i32[n] visual tokens and specials.
+      steps: i32[n], by how much the position grows at each token of a visual piece; None = by 1.
+    """
+
+    kind: str
+    value: str | np.ndarray
+    steps: np.ndarray | None = None
+
+
+class Arrangement(NamedTuple):
+    """The pieces, and the units that pool the image's visual tokens first (None = no pooling).
+
+    Units with weights are sums, without weights the largest value of each channel. Only tokens that
+    are used are pooled; those that stay as they are are units of one.
+    """
+
+    pieces: list[Piece]
+    pool: units.Units | None
+
+    @property
+    def num_tokens(self) -> int:
+        """Visual tokens and learned vectors in the sequence."""
+        return sum(len(p.value) for p in self.pieces if p.kind == VISUAL)
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the tokens of an image or a video are arranged.
+
+    Attributes:
+      layout: see the module.
+      specials: names of the learned vectors, in the order of their ids.
+      newline: where the first special named "...newline" stands: after each "row" (of each frame),
+        after each "frame", at the "end", or "none".
+      base: "first", or "none": without the whole view where there are tiles.
+      unpad: "none", or drop the rows and columns of padding, rounded as "original" or
+        "transformers".
+      max_tiles: cap on the tokens of the tiles' map in tiles (anyres_max_N); 0 = none.
+      pool: of tokens, "none", "average", "max" or "bilinear"; of each frame, or of the tiles' map
+        (the map of maxpool2x2).
+      stride: of the pooling.
+      fast_every: in a video only every n-th frame is pooled by `stride`, the others by twice that,
+        and each frame is followed by the special "faster"; 0 = all are alike.
+      control: tokens around the whole, as ("<img>", "</img>"); () = none.
+      vectors: specials around the visual tokens, as ("boi", "eoi"); () = none.
+      tail: text at the end.
+      positions: "sequential", or "shared": all visual tokens between the vectors have one position.
+    """
+
+    layout: str = "flat"
+    specials: tuple[str, ...] = ()
+    newline: str = "none"
+    base: str = "first"
+    unpad: str = "none"
+    max_tiles: int = 0
+    pool: str = "none"
+    stride: int = 2
+    fast_every: int = 0
+    control: tuple[str, ...] = ()
+    vectors: tuple[str, ...] = ()
+    tail: str = ""
+    positions: str = "sequential"
+
+    def __post_init__(self):
+        for name, known in (
+            ("layout", LAYOUTS),
+            ("newline", ("none", "row", "frame", "end")),
+            ("base", ("first", "none")),
+            ("unpad", ("none", *READINGS)),
+            ("pool", ("none", *units.POOLS)),
+            ("positions", ("sequential", "shared")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"Format.{name} is {getattr(self, name)!r}: use one of {sorted(known)}"
+                )
+        needed = list(self.vectors)
+        needed += ["newline"] * (self.newline != "none") + ["faster"] * (self.fast_every > 0)
+        for name in needed:
+            self.special(name)
+        for name in ("control", "vectors"):
+            if len(getattr(self, name)) not in (0, 2):
+                raise ValueError(f"Format.{name} is {getattr(self, name)}: give two names or none")
+        if self.fast_every and (self.newline != "row" or self.pool == "none"):
+            raise ValueError(
+                f"Format.fast_every is {self.fast_every} with newline {self.newline!r} and pool "
+                f"{self.pool!r}: slow and fast frames need newline 'row' and a pool"
+            )
+        if self.max_tiles and (self.unpad == "none" or self.pool != "none"):
+            raise ValueError(
+                f"Format.max_tiles is {self.max_tiles} with unpad {self.unpad!r} and pool "
+                f"{self.pool!r}: the cap needs unpad and no other pool"
+            )
+
+    def special(self, name: str) -> int:
+        """Returns -1 - k of the special of this name, or whose name ends with "_" and it."""
+        for k, special in enumerate(self.specials):
+            if special == name or special.endswith("_" + name):
+                return -1 - k
+        raise ValueError(
+            f"the format needs a special named {name!r}, specials are {self.specials}: add it"
+        )
+
+
+def arrange(tiling: Tiling | None, grids: Sequence[tuple[int, int]], form: Format) -> Arrangement:
+    """Returns the sequence of one image or video.
+
+    Args:
+      tiling: of the image; a video (layout "frames") needs none.
+      grids: (rows, columns) of the tokens of each view, each map or each frame, as the connector
+        gives them (`Units.grids`); tokens that form no grid, such as learned queries, are (1, n).
+      form: a `Format`.
+    """
+    maps = units.view_maps(grids)
+    body, pool = LAYOUTS[form.layout](tiling, maps, form)
+    if isinstance(body, np.ndarray):
+        body = [_visual(body, form)]
+    pieces = body
+    if form.control:
+        pieces = [Piece(CONTROL, form.control[0]), *pieces, Piece(CONTROL, form.control[1])]
+    if form.tail:
+        pieces = [*pieces, Piece(TEXT, form.tail)]
+    return Arrangement(pieces, pool)
+
+
+def _visual(tokens, form):
+    if form.vectors:
+        first, last = map(form.special, form.vectors)
+        tokens = np.concatenate([[first], tokens, [last]])
+    tokens = tokens.astype(np.int32)
+    if form.positions == "sequential":
+        return Piece(VISUAL, tokens)
+    steps = np.zeros(len(tokens), np.int32)
+    steps[: 1 + bool(form.vectors)] = 1
+    if form.vectors:
+        steps[-1] = 1
+    return Piece(VISUAL, tokens, steps)
+
+
+def _flat(tiling, maps, form):
+    tokens = np.concatenate([m.ravel() for m in maps])
+    if form.newline == "end":
+        tokens = np.append(tokens, form.special("newline"))
+    return tokens, None
+
+
+def _rows(patches, form):
+    """The tokens of a map row by row, each row followed by the newline where the format says so."""
+    if form.newline == "row":
+        patches = np.pad(patches, ((0, 0), (0, 1)), constant_values=form.special("newline"))
+    return patches.ravel()
+
+
+def _unpadded(patches, size, form):
+    if form.unpad == "none":
+        return patches
+    top, left, rows, columns = unpad(patches.shape, size, form.unpad)
+    return patches[top : top + rows, left : left + columns]
+
+
+def _square(tiling, maps, form):
+    (patches,) = maps
+    return _rows(_unpadded(patches, tiling.size, form), form), None
+
+
+def _tiles(tiling, maps, form):
+    if len(maps) != len(tiling.views) or tiling.whole != 0:
+        raise ValueError(
+            f"{len(maps)} token grids for {len(tiling.views)} views, whole view {tiling.whole}: "
+            "layout 'tiles' needs a grid for each view and the whole view first"
+        )
+    base, *tiles = maps
+    if not tiles:  # a single view is not unpadded, and ends with one newline
+        end = [form.special("newline")] if form.newline == "row" else []
+        return np.append(base.ravel(), end), None
+    canvas = _unpadded(units.stitch(tiles, tiling.grid), tiling.size, form)
+    pool = None
+    if form.pool != "none":
+        pool = units.POOLS[form.pool](canvas, form.stride)
+    elif form.max_tiles:
+        size = cap(canvas.shape, form.max_tiles, tiles[0].shape[0])
+        pool = units.bilinear(canvas, size) if size != canvas.shape else None
+    if pool is not None:
+        first = units.single(base)
+        if pool.weights is not None:
+            first = first._replace(weights=np.ones(first.index.shape, np.float32))
+        pool = units.join([first, pool])
+        base, canvas = units.view_maps(pool.grids)
+    parts = [_rows(canvas, form)]
+    if form.base == "first":
+        parts.insert(0, base.ravel())
+    return np.concatenate(parts), pool
+
+
+def _slices(tiling, maps, form):
+    opening, closing = Piece(CONTROL, "<image>"), Piece(CONTROL, "</image>")
+    views = [[opening, _visual(m.ravel(), form), closing] for m in maps]
+    pieces = list(views[0])
+    if tiling.grid:
+        rows, columns = tiling.grid
+        pieces.append(Piece(CONTROL, "<slice>"))
+        for r in range(rows):
+            if r:
+                pieces.append(Piece(TEXT, "\n"))
+            for view in views[1 + r * columns : 1 + (r + 1) * columns]:
+                pieces += view
+        pieces.append(Piece(CONTROL, "</slice>"))
+    return [*pieces, Piece(TEXT, "\n")], None
+
+
+def _frames(tiling, maps, form):
+    pool = None
+    if form.pool != "none":
+        strides = [
+            form.stride * (2 if form.fast_every and k % form.fast_every else 1)
+            for k in range(len(maps))
+        ]
+        shrink = units.POOLS[form.pool]
+        pool = units.join(shrink(m, s) for m, s in zip(maps, strides, strict=True))
+        maps = units.view_maps(pool.grids)
+    after = []
+    if form.newline == "frame":
+        after = [form.special("newline")]
+    elif form.fast_every:
+        after = [form.special("faster")]
+    tokens = np.concatenate([np.append(_rows(m, form), after) for m in maps])
+    if form.newline == "end":
+        tokens = np.append(tokens, form.special("newline"))
+    return tokens, pool
+
+
+LAYOUTS: dict[str, Callable] = {
+    "flat": _flat,
+    "tiles": _tiles,
+    "square": _square,
+    "slices": _slices,
+    "frames": _frames,
+}
