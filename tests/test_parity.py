@@ -192,7 +192,7 @@ def test_golden_videollama3(tmp_path):
         spec = vlm.AttentionSpec(model.cfg.compute.attention, model.cfg.compute.vision_block)
         x, mask = units.gather(model.vision(batch.patches[0], attention=spec), batch.units[0].index)
         visual = model.connector((x,), (mask,))[:, :, 0]
-        hidden = model.decode(model.embed(batch, visual), batch)
+        hidden, _ = model.decode(model.embed(batch, vlm.Visual(visual)), batch)
         return units.mean(x, mask), visual, model.llm.logits(hidden)
 
     merged, visual, logits = (np.asarray(x) for x in run(model, batch))

@@ -43,7 +43,7 @@ def logits(params, batch):
 
 @jax.jit
 def encode(params, batch):
-    return bind(model()[0], params).encode(batch)
+    return bind(model()[0], params).encode(batch).tokens
 
 
 def item(rng, grid, merge, kept=1.0):

@@ -16,7 +16,7 @@ another row. Example of one row with T=12, P=9, U=3 and merge size 2 holding an 
     weights     0    0     0    0   0  1   1   0  |  1  0  | 0 0      of each target in the loss
 
     patches.segments  1 1 1 1 1 1 1 1 0     one segment per image, frame or tile
-    units.index       (0 1 2 3) (4 5 6 7) (-1 -1 -1 -1)   the patches that form each kept visual token
+    units.index       (0 1 2 3) (4 5 6 7) (-1 -1 -1 -1)   the patches of each kept visual token
 
 Each encoder has its own patch buffer (Cambrian-1 has four), each source of the connector its own
 units: what a connector maps at once, a window of patches or a whole picture. The learned vectors of

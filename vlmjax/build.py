@@ -9,7 +9,7 @@ from flax import nnx
 
 from vlmjax import nn, sharding
 from vlmjax.batch import Budget
-from vlmjax.connectors.mlp import MLPConfig
+from vlmjax.connectors import CONNECTORS
 from vlmjax.data.processor import Processor, ProcessorConfig
 from vlmjax.data.sources import open_source
 from vlmjax.data.stream import Mixture
@@ -17,7 +17,7 @@ from vlmjax.data.tokenizer import Tokenizer
 from vlmjax.llm import decoder, presets
 from vlmjax.nn import flatten
 from vlmjax.train.optimizer import OptimConfig
-from vlmjax.vision import vit
+from vlmjax.vision import convnext, vit
 from vlmjax.vlm import VLM, Compute, VLMConfig
 
 
@@ -138,25 +138,49 @@ def preset(cls, presets, values, name):
     return section(cls, {**presets.get(row, {}), **values}, name)
 
 
+TOWERS = {
+    "vit": (vit.ViTConfig, vit.PRESETS),
+    "convnext": (convnext.ConvNeXtConfig, convnext.PRESETS),
+}
+
+
+def typed(kinds, values, name, default):
+    """Returns (what `kinds` has for the "type" of a section, its other values)."""
+    values = dict(values)
+    kind = values.pop("type", default)
+    if kind not in kinds:
+        raise ValueError(f"{name}.type={kind!r} is unknown; choose one of {sorted(kinds)}")
+    return kinds[kind], values
+
+
+def vision_config(values, name="model.vision"):
+    """Returns the config of an encoder, or of each of several in a tuple."""
+    if isinstance(values, (tuple, list)):
+        return tuple(vision_config(v, f"{name}[{i}]") for i, v in enumerate(values))
+    kind, values = typed(TOWERS, values, name, "vit")
+    return preset(*kind, values, name)
+
+
 def model_config(values):
     """Returns the `VLMConfig` of a `model` section."""
     values = dict(values)
-    unknown = set(values) - {"vision", "connector", "llm", "compute"}
-    if unknown:
+    allowed = {f.name for f in dataclasses.fields(VLMConfig)}
+    if unknown := set(values) - allowed:
         raise ValueError(
-            f"config section 'model': unknown keys {sorted(unknown)}; allowed are "
-            "['compute', 'connector', 'llm', 'vision']"
+            f"config section 'model': unknown keys {sorted(unknown)}; allowed are {sorted(allowed)}"
         )
-    sees = values["vision"] is not None
+    connector = None
+    if values["vision"] is not None:
+        name = "model.connector"
+        (cls, _), chosen = typed(CONNECTORS, values.get("connector", {}), name, "mlp")
+        connector = section(cls, chosen, name)
     return VLMConfig(
-        vision=preset(vit.ViTConfig, vit.PRESETS, values["vision"], "model.vision")
-        if sees
-        else None,
-        connector=section(MLPConfig, values.get("connector", {}), "model.connector")
-        if sees
-        else None,
+        vision=None if values["vision"] is None else vision_config(values["vision"]),
+        connector=connector,
         llm=preset(decoder.DecoderConfig, presets.PRESETS, values["llm"], "model.llm"),
         compute=section(Compute, values.get("compute", {}), "model.compute"),
+        sources=tuple(values.get("sources", ())),
+        pool=values.get("pool", "none"),
     )
 
 

@@ -311,7 +311,9 @@ def count(cfg, samples, slots):
     from vlmjax.train.flops import train_flops
 
     stats = one_row(samples)[1]
-    padded = dataclasses.replace(stats, tokens=slots[0], patches=(slots[1],) if slots[1] else stats.patches)
+    padded = dataclasses.replace(
+        stats, tokens=slots[0], patches=(slots[1],) if slots[1] else stats.patches
+    )
     real, padded = (sum(train_flops(cfg, s, MODULES).values()) for s in (stats, padded))
     return real, padded, stats.tokens
 

@@ -36,7 +36,7 @@ def size(sample, budget=None):
 
     A sample without media does not show how many encoders and sources there are; the budget does.
     """
-    a, encoders, sources = sample.arranged(), 1, 1
+    a, encoders, sources = sample.placed(), 1, 1
     if budget is not None:
         encoders, sources = len(budget.patches), len(budget.visual)
     patches = [0] * encoders
@@ -44,7 +44,7 @@ def size(sample, budget=None):
         patches[item.encoder] += item.num_slots
     units = [len(u.index) for u in a.units] if sample.items else [0] * sources
     pooled = 0 if a.pool is None else len(a.pool.index)
-    routed = 0 if a.routed is None else int(a.routed.sum())
+    routed = 0 if a.routed is None else len(a.routed)
     return len(sample.tokens), *patches, *units, pooled, routed
 
 
@@ -76,7 +76,7 @@ def check_fits(sample, *budgets):
             "max_visual_tokens or max_frames"
         )
     kept, slots = sum(int(i.keep.sum()) for i in sample.items), int(sample.visual.sum())
-    if sample.arrangement is None and kept != slots:
+    if sample.placement is None and kept != slots:
         raise ValueError(
             f"record {sample.id!r} has {slots} placeholders for {kept} visual tokens; they "
             "must be equal"
@@ -142,7 +142,7 @@ def pack(samples_by_row, budget, form, normalisation="token"):
             for item in sample.items:
                 patch_pairs[item.encoder] += item.num_slots**2
             used += size(sample, budget)
-    supervised = int((batch.weights > 0).sum())
+    supervised, visual = (int(n) for n in ((batch.weights > 0).sum(), (batch.source >= 0).sum()))
     batch = batch._replace(weights=batch.weights / max(float(batch.weights.sum()), 1e-30))
     items = [item for row in samples_by_row for sample in row for item in sample.items]
     stats = Stats(
@@ -151,8 +151,8 @@ def pack(samples_by_row, budget, form, normalisation="token"):
         supervised=supervised,
         patches=tuple(int((p.segments > 0).sum()) for p in batch.patches),
         units=tuple(int((u.index >= 0).any(-1).sum()) for u in batch.units),
-        visual=int((batch.source >= 0).sum()),
-        visual_before_pruning=int((batch.source >= 0).sum()) + sum(int((~i.keep).sum()) for i in items),
+        visual=visual,
+        visual_before_pruning=visual + sum(int((~i.keep).sum()) for i in items),
         routed=0 if batch.routed is None else int((batch.routed.slots >= 0).sum()),
         token_pairs=token_pairs,
         patch_pairs=tuple(map(int, patch_pairs)),
@@ -165,7 +165,7 @@ def pack(samples_by_row, budget, form, normalisation="token"):
 
 
 def _place_text(batch, row, number, sample, at, normalisation):
-    n, positions = len(sample.tokens), sample.arranged().positions
+    n, positions = len(sample.tokens), sample.placed().positions
     slots, before = slice(at, at + n), slice(at, at + n - 1)
     batch.tokens[row, slots] = sample.tokens
     batch.positions[row, slots] = np.arange(n) if positions is None else positions
@@ -176,7 +176,7 @@ def _place_text(batch, row, number, sample, at, normalisation):
 
 def _place_visual(batch, row, sample, used, budget, form):
     """Adds the visual part of a sample to a row, behind the `used` slots of `budget.limits`."""
-    a, encoders = sample.arranged(), len(budget.patches)
+    a, encoders = sample.placed(), len(budget.patches)
     at, first_unit = used[1 : 1 + encoders].copy(), used[1 + encoders : -2]
     first_slot = at.copy()
     for item in sample.items:
@@ -208,15 +208,16 @@ def _place_visual(batch, row, sample, used, budget, form):
         a.source < -1, form.visual(budget) - 2 - a.source, source
     )
     if a.routed is not None:
-        slots = np.flatnonzero(a.routed)
-        batch.routed.slots[row, used[-1] : used[-1] + len(slots)] = t + slots
-        batch.routed.index[row, t + slots] = used[-1] + np.arange(len(slots))
+        served = np.flatnonzero(a.routed >= 0)
+        batch.routed.slots[row, used[-1] + served] = t + a.routed[served]
+        batch.routed.index[row, t + a.routed[served]] = used[-1] + served
 
 
 def _place_units(into, row, units, at, first):
     """Writes units behind the `at` that a row has; their slots are counted from `first` on."""
     n, group = units.index.shape
-    into.index[row, at : at + n, :group] = np.where(units.index >= 0, units.index + first, -1)
+    index = np.where(units.index < -1, units.index - first, units.index + first)  # of -2 - slot
+    into.index[row, at : at + n, :group] = np.where(units.index == -1, -1, index)
     if into.weights is not None:
         into.weights[row, at : at + n, :group] = units.weights
     if into.size is not None:

@@ -74,7 +74,7 @@ class Item:
 
 
 @dataclass(frozen=True, eq=False)
-class Arrangement:
+class Placement:
     """How the visual tokens of a sample come about and where they go.
 
     Attributes:
@@ -84,7 +84,7 @@ class Arrangement:
         first), -1 for text, -2 - k for the k-th special vector.
       pool: `Units` over the visual tokens, after which `source` counts pooled ones; or None.
       positions: i32[n] of the tokens; None = 0..n-1.
-      routed: bool[n], True where parameters of their own serve the token; or None.
+      routed: i32[w]; the token slots that parameters of their own serve, -1 = none; or None.
     """
 
     units: tuple[Units, ...]
@@ -104,7 +104,7 @@ class Sample:
       labels: i32[n], the token itself where it is trained, -100 elsewhere. Not shifted.
       items: the images and frames in reading order.
       visual: bool[n]; True where a visual token or a special vector takes the slot.
-      arrangement: None = the k-th visual slot is filled by the k-th kept visual token of the items
+      placement: None = the k-th visual slot is filled by the k-th kept visual token of the items
         in order, a window of patches each.
     """
 
@@ -113,12 +113,12 @@ class Sample:
     labels: np.ndarray
     items: tuple[Item, ...]
     visual: np.ndarray
-    arrangement: Arrangement | None = None
+    placement: Placement | None = None
 
-    def arranged(self):
-        """Returns its `Arrangement`."""
-        if self.arrangement is not None:
-            return self.arrangement
+    def placed(self):
+        """Returns its `Placement`."""
+        if self.placement is not None:
+            return self.placement
         group = max((item.merge**2 for item in self.items), default=1)
         index = np.full((sum(int(i.keep.sum()) for i in self.items), group), -1, np.int32)
         unit = slot = 0
@@ -129,4 +129,4 @@ class Sample:
             index[unit : unit + len(windows), : windows.shape[1]] = windows
             unit, slot = unit + len(windows), slot + item.num_slots
         source = np.where(self.visual, np.cumsum(self.visual) - 1, -1).astype(np.int32)
-        return Arrangement((Units(index),), source)
+        return Placement((Units(index),), source)

@@ -124,9 +124,7 @@ def choose_bucket(sizes, budgets, rows, urgent=False):
     return max((o for o in options if o[1][0] is not None or not urgent), key=used)
 
 
-def packed_batches(
-    stream, process, budgets, rows, *, pool, form, normalisation, position=None
-):
+def packed_batches(stream, process, budgets, rows, *, pool, form, normalisation, position=None):
     """Yields `PackedBatch` without end.
 
     The pool holds `pool` samples; with several buckets it may hold up to eight times as many when

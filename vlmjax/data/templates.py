@@ -50,9 +50,7 @@ class Template:
 
 def _chatml(**more):
     turn = "<|im_start|>{}\n", "<|im_end|>\n"
-    turns = {
-        role: (turn[0].format(role), turn[1]) for role in ("system", "user", "assistant")
-    }
+    turns = {role: (turn[0].format(role), turn[1]) for role in ("system", "user", "assistant")}
     made = dict(
         turns=turns,
         answer="<|im_start|>assistant\n",

@@ -32,7 +32,8 @@ def mean_loss(generator, samples, budget, rows):
       rows: packed rows that run together.
     """
     sizes = {id(s): check_fits(s, budget) for s in samples}
-    waiting = sorted(samples, key=lambda s: max(np.divide(sizes[id(s)], np.maximum(budget.limits, 1))), reverse=True)
+    slots = np.maximum(budget.limits, 1)
+    waiting = sorted(samples, key=lambda s: max(np.divide(sizes[id(s)], slots)), reverse=True)
     total = tokens = 0
     while waiting:
         places = first_fit([sizes[id(s)] for s in waiting], rows, budget)

@@ -21,7 +21,6 @@ from vlmjax.batch import Budget
 from vlmjax.data.pack import check_fits, pack, size
 from vlmjax.data.sample import Sample
 from vlmjax.generate.sampling import GREEDY, choose
-from vlmjax.kernels.attention.api import AttentionSpec
 from vlmjax.llm.decoder import init_cache
 from vlmjax.nn import bind, flatten
 
@@ -70,16 +69,8 @@ def prefill(graphdef, params, batch, lengths, slots):
       slots: of the cache, static, at least T.
     """
     model = bind(graphdef, params)
-    compute = model.cfg.compute
-    visual = model.encode(batch) if batch.has_vision else None
-    x = model.embed(batch, visual)
-    hidden, cache = model.llm(
-        x,
-        batch.positions,
-        batch.segments,
-        cache=init_cache(model.cfg.llm, len(lengths), slots, x.dtype),
-        attention=AttentionSpec(compute.attention, compute.llm_block),
-    )
+    cache = init_cache(model.cfg.llm, len(lengths), slots, jnp.dtype(model.cfg.compute.dtype))
+    hidden, cache = model.prefill(batch, cache)
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
     return model.llm.logits(jnp.take_along_axis(hidden, last, axis=1)[:, 0]), cache
 
@@ -216,8 +207,8 @@ class Generator:
         if not any(patches):
             return dataclasses.replace(least, tokens=tokens)
         single = {k for sources, number in form.groups if number == 1 for k in sources}
-        units = [s.arranged().units for s in samples if s.items]
-        pools = [a.pool for a in map(Sample.arranged, samples) if a.pool is not None]
+        units = [s.placed().units for s in samples if s.items]
+        pools = [a.pool for a in map(Sample.placed, samples) if a.pool is not None]
         return Budget(
             tokens,
             patches,
@@ -225,10 +216,7 @@ class Generator:
                 tokens if k in single else bucket(int(n), 1)
                 for k, n in enumerate(sizes[1 + encoders : -2])
             ],
-            [
-                bucket(max(u[k].index.shape[1] for u in units), 4)
-                for k in range(len(form.encoders))
-            ],
+            [bucket(max(u[k].index.shape[1] for u in units), 4) for k in range(len(form.encoders))],
             (tokens, max(p.index.shape[1] for p in pools)) if pools else (0, 0),
             bucket(int(sizes[-1]), LEAST_TOKENS),
         )

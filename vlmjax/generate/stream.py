@@ -38,7 +38,7 @@ LEAST_CHUNK, CHUNK = 16, 256  # new tokens are fed in chunks of 16, 32, ... 256 
 @functools.partial(jax.jit, static_argnames=("graphdef",))
 def encode(graphdef, params, batch):
     """Returns the visual tokens [1, U, D] of a batch of one row."""
-    return bind(graphdef, params).encode(batch)
+    return bind(graphdef, params).encode(batch).tokens
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("cache",))

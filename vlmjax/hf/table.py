@@ -30,6 +30,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vlmjax.nn import flatten, unflatten
+
 
 @dataclass(frozen=True)
 class Row:
@@ -151,6 +153,30 @@ def by_key(rows: Iterable[Row]) -> dict[str, list[tuple[Row, int]]]:
                 "one row, and all must agree on the shape; correct the table"
             )
     return found
+
+
+def load(table: Iterable[Row], tensors: Mapping[str, np.ndarray]) -> dict:
+    """The parameters of a table from tensors by key: a nested dict of arrays."""
+    return unflatten(
+        {
+            row.path: np.stack([row.load(tensors[key]) for key in row.keys])
+            if row.stacked
+            else row.load(tensors[row.keys[0]])
+            for row in table
+        }
+    )
+
+
+def store(table: Iterable[Row], params: Mapping) -> dict[str, np.ndarray]:
+    """The inverse of `load`: tensors by key, those of several rows put together."""
+    leaves, tensors = flatten(params), {}
+    for key, held in by_key(table).items():
+        first = np.asarray(leaves[held[0][0].path])
+        tensors[key] = np.empty(held[0][0].stored_shape, first.dtype)
+        for row, layer in held:
+            leaf = np.asarray(leaves[row.path])
+            row.put(leaf[layer] if row.stacked else leaf, tensors[key])
+    return tensors
 
 
 def _pieces(row: Row) -> list[tuple[int, int]]:

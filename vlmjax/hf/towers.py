@@ -1,23 +1,19 @@
-"""Where each parameter of a vision tower lies in a checkpoint, in the form of `hf/videollama3.py`.
+"""Where each parameter of a vision tower lies in a checkpoint, in the form of `hf/table.py`.
 
 A table may have more rows than one tower has leaves (biases, layer scales, registers); `rows` takes
 those of a configuration and refuses leaves without one. Keys are relative to the tower.
 """
 
-from collections.abc import Iterable, Mapping
-
 import jax
-import numpy as np
 from flax import nnx
 
-from vlmjax.hf.videollama3 import Row
-from vlmjax.nn import flatten, unbind, unflatten
+from vlmjax.hf.table import Row, make_rows
+from vlmjax.nn import flatten, unbind
 from vlmjax.vision.convnext import ConvNeXt, ConvNeXtConfig
 from vlmjax.vision.vit import ViT, ViTConfig
 
 PATCH = "D C p q -> (C p q) D"
-HEADS_KERNEL, HEADS_BIAS = "(N H) D -> D N H", "(N H) -> N H"
-FUSED = tuple((x, f"[{i}/3] ") for i, x in enumerate("qkv"))
+FUSED = ("[N]+N+N", "N+[N]+N", "N+N+[N]")  # q, k and v in one tensor
 
 
 def _both(path, key, kernel="D -> D", bias="D -> D"):
@@ -36,9 +32,8 @@ def _blocks(prefix, attn_norm, mlp_norm, q, k, v, o, up="mlp.fc1", down="mlp.fc2
         *_both("mlp/up", up, "M D -> D M", "M -> M"),
         *_both("mlp/down", down, "D M -> M D"),
     )
-    for (name, part), key in zip(FUSED, (q, k, v), strict=True):
-        part = part if fused else ""
-        made += _both(f"attn/{name}", key, part + HEADS_KERNEL, part + HEADS_BIAS)
+    for name, key, part in zip("qkv", (q, k, v), FUSED if fused else "NNN", strict=True):
+        made += _both(f"attn/{name}", key, f"({part} H) D -> D N H", f"({part} H) -> N H")
     return tuple((f"blocks/{path}", f"{prefix}.{key}", axes) for path, key, axes in made)
 
 
@@ -74,10 +69,8 @@ _DINOV2 = (
     *_both("norm", "layernorm"),
 )
 _SWIGLU = (
-    *_both(
-        "blocks/mlp/gate", "encoder.layer.{}.mlp.weights_in", "[0/2] M D -> D M", "[0/2] M -> M"
-    ),
-    *_both("blocks/mlp/up", "encoder.layer.{}.mlp.weights_in", "[1/2] M D -> D M", "[1/2] M -> M"),
+    *_both("blocks/mlp/gate", "encoder.layer.{}.mlp.weights_in", "[M]+M D -> D M", "[M]+M -> M"),
+    *_both("blocks/mlp/up", "encoder.layer.{}.mlp.weights_in", "M+[M] D -> D M", "M+[M] -> M"),
     *_both("blocks/mlp/down", "encoder.layer.{}.mlp.weights_out", "D M -> M D"),
 )
 DINOV2 = {
@@ -172,7 +165,7 @@ def rows(
     elif layout in TABLES:
         table = TABLES[layout]
         table = table[cfg.gated] if isinstance(table, dict) else table
-        made = _rows(table, cfg.blocks, _vit_sizes(cfg), prefix, root)
+        made = make_rows(table, _vit_sizes(cfg), cfg.blocks, f"{root}/", prefix)
     else:
         raise ValueError(
             f"unknown tower layout {layout!r}; choose one of {sorted(TABLES)} or 'convnext'"
@@ -188,50 +181,11 @@ def rows(
     return made
 
 
-def load(table: Iterable[Row], tensors: Mapping[str, np.ndarray]) -> dict:
-    """The parameters of a table from tensors by key: a nested dict of arrays."""
-    return unflatten(
-        {
-            row.path: np.stack([row.load(tensors[key]) for key in row.keys])
-            if row.stacked
-            else row.load(tensors[row.keys[0]])
-            for row in table
-        }
-    )
-
-
-def store(table: Iterable[Row], params: Mapping) -> dict[str, np.ndarray]:
-    """The inverse of `load`: tensors by key, those of several rows put together."""
-    leaves, parts = flatten(params), {}
-    for row in table:
-        leaf = leaves[row.path]
-        for i, key in enumerate(row.keys):
-            ours = np.asarray(leaf[i] if row.stacked else leaf)
-            parts.setdefault(key, {})[row.part[0]] = row.store(ours)
-    return {
-        key: np.concatenate([found[i] for i in sorted(found)]) if len(found) > 1 else found[0]
-        for key, found in parts.items()
-    }
-
-
 def _shapes(cfg) -> dict[str, tuple]:
     """path -> shape of each leaf of a tower."""
     make = ConvNeXt if isinstance(cfg, ConvNeXtConfig) else ViT
     params = jax.eval_shape(lambda: unbind(make(cfg, rngs=nnx.Rngs(0)))[1])
     return {path: x.shape for path, x in flatten(params).items()}
-
-
-def _rows(table, layers, sizes, prefix, root) -> list[Row]:
-    return [
-        Row(
-            f"{root}/{path}",
-            tuple(prefix + key.format(i) for i in range(layers if "{}" in key else 1)),
-            "{}" in key,
-            axes,
-            sizes,
-        )
-        for path, key, axes in table
-    ]
 
 
 def _vit_sizes(cfg: ViTConfig) -> dict[str, int]:
@@ -250,10 +204,10 @@ def _vit_sizes(cfg: ViTConfig) -> dict[str, int]:
 
 def _convnext_rows(cfg: ConvNeXtConfig, prefix: str, root: str) -> list[Row]:
     stem = {"D": cfg.widths[0], "C": 3, "p": cfg.patch, "q": cfg.patch}
-    made = _rows(CONVNEXT_STEM, 0, stem, prefix, root)
+    made = make_rows(CONVNEXT_STEM, stem, 0, f"{root}/", prefix)
     for i, (width, depth) in enumerate(zip(cfg.widths, cfg.depths, strict=True)):
         sizes = {"D": width, "M": cfg.ratio * width, "I": cfg.widths[i - 1], "p": 2, "q": 2}
         sizes |= {"h": cfg.kernel, "w": cfg.kernel}
-        key, path = f"{prefix}stages.{i}.", f"{root}/stage_{i}"
-        made += _rows(CONVNEXT_STAGE, depth, sizes, key, path)
+        key, path = f"{prefix}stages.{i}.", f"{root}/stage_{i}/"
+        made += make_rows(CONVNEXT_STAGE, sizes, depth, path, key)
     return made

@@ -59,11 +59,11 @@ def forward_flops(cfg, stats):
         return decoder
     patch, vit = v.patch_dim * v.width, v.layers * (4 * v.width**2 + 2 * v.width * v.mlp)
     first, others = v.width * m.width, (cfg.connector.layers - 1) * m.width**2
-    patches, visual = 2 * stats.patches, 2 * stats.visual
+    patches, visual = 2 * stats.patches[0], 2 * stats.visual
     tower = (
         patches * (patch + vit),
         patches * patch,
-        4 * v.layers * v.width * stats.patch_pairs,
+        4 * v.layers * v.width * stats.patch_pairs[0],
     )
     return {
         "vision": tower,

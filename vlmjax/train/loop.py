@@ -125,8 +125,8 @@ def compile_steps(run, program, mesh, say):
         lowered = program.step.lower(program.state, batch_shapes(run, budget, mesh))
         compiled.append(lowered.compile())
         say(
-            f"compiled the step for rows of {budget.tokens} tokens and {sum(budget.patches)} patches in "
-            f"{time.monotonic() - began:.1f} s"
+            f"compiled the step for rows of {budget.tokens} tokens and {sum(budget.patches)} "
+            f"patches in {time.monotonic() - began:.1f} s"
         )
     return compiled
 
