@@ -1,5 +1,6 @@
 """Resolution strategies against the tables made with the original code, and as properties."""
 
+import pickle
 import time
 
 import numpy as np
@@ -9,7 +10,7 @@ from tiling_chain import gradient
 
 from vlmjax.data.anyres import cap, fit, select_canvas, unpad
 from vlmjax.data.resize import RULES, Clip
-from vlmjax.data.strategies import STRATEGIES, Plan, Square, strategy
+from vlmjax.data.strategies import STRATEGIES, Plan, strategy
 from vlmjax.data.views import render
 
 SIX = [[384 * i, 384 * j] for i in range(1, 7) for j in range(1, 7)]
@@ -173,10 +174,27 @@ def test_images_that_do_not_fit_their_tiling_are_refused():
         render(Image.new("RGB", (9, 8)), strategy("square")(8, 9))
 
 
-def test_settings_are_hashable_and_calls_are_fast():
+def test_elongated_pictures_have_views():
+    """As long as `data.image` lets them in; nothing comes out empty."""
+    for name in STRATEGIES:
+        for size in [(1, 200), (200, 1), (10, 2000), (2000, 10), (1, 1), (400, 2)]:
+            tiling = strategy(name)(*size)
+            assert all(min(view.size) >= 1 for view in tiling.views)
+            if name != "native" and max(size) < 1000:
+                views = render(gradient(*size), tiling)
+                assert [v.shape[:2] for v in views] == [v.size for v in tiling.views]
+
+
+def test_strategies_travel_to_worker_processes():
+    plan = Plan(image=(strategy("anyres", pinpoints=[[336, 672], [672, 336]]),))
+    copy = pickle.loads(pickle.dumps(plan))
+    assert copy == plan and hash(copy) == hash(plan)
+    assert copy(640, 480) == plan(640, 480)
+
+
+def test_calls_are_fast_and_remembered():
     tilers = [strategy(name) for name in STRATEGIES]
     tilers += [strategy("anyres", side=384, pinpoints=SIX), strategy("dynamic", max_tiles=40)]
-    assert hash(Square()) == hash(Square())
     sizes = np.random.default_rng(5).integers(100, 2000, (100, 2)).tolist()
     for tile in tilers:
         tile(500, 500)
