@@ -142,7 +142,7 @@ def test_host_processing_never_loads_jax():
     code = f"""
 import sys
 import vlmjax.batch, vlmjax.data.pack, vlmjax.data.processor, vlmjax.data.stream
-import vlmjax.data.demo, vlmjax.data.sources
+import vlmjax.data.demo, vlmjax.data.sources, vlmjax.data.strategies, vlmjax.data.arrange
 loaded = set(sys.modules) & {DEVICE | {"torch", "transformers"}!r}
 from vlmjax.data.tokenizer import byte_tokenizer
 byte_tokenizer().encode("a")

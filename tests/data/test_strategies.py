@@ -1,13 +1,19 @@
 """Resolution strategies against the tables made with the original code, and as properties."""
 
+import pickle
+import time
+
 import numpy as np
 import pytest
 from PIL import Image
+from tiling_chain import gradient
 
 from vlmjax.data.anyres import cap, fit, select_canvas, unpad
-from vlmjax.data.strategies import strategy
+from vlmjax.data.resize import RULES, Clip
+from vlmjax.data.strategies import STRATEGIES, Plan, strategy
 from vlmjax.data.views import render
 
+SIX = [[384 * i, 384 * j] for i in range(1, 7) for j in range(1, 7)]
 SIDE = {"default": (336, 24, 0), "max9": (384, 27, 9), "custom": (224, 16, 4)}
 
 
@@ -88,3 +94,112 @@ def test_golden_uhd_pixels(golden):
     np.testing.assert_array_equal(whole, z["out/small_thumb"])
     np.testing.assert_array_equal(slices, z["out/small_slices"])
     assert swap(tiling.grid) == z["out/small_grid"].tolist()
+
+
+def test_square_modes():
+    image = gradient(30, 20)
+    fill = (1, 2, 3)
+    (padded,) = render(image, strategy("square", side=30, fill=fill)(30, 20))
+    np.testing.assert_array_equal(padded[5:25], np.asarray(image))
+    assert (padded[:5] == fill).all() and (padded[25:] == fill).all()
+    (squeezed,) = render(image, strategy("square", side=30, mode="resize")(30, 20))
+    expected = image.resize((30, 30), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(squeezed, np.asarray(expected))
+    (kept,) = render(image, strategy("square", side=20, mode="crop")(30, 20))
+    np.testing.assert_array_equal(kept, np.asarray(image)[:, 5:25])
+
+
+def test_whole_view_of_grid2x2():
+    """Cut from the picture it loses the ends of an elongated one; from the canvas it does not."""
+    image = gradient(100, 20)
+    cropped = render(image, strategy("grid2x2", side=20)(100, 20))[4]
+    np.testing.assert_array_equal(cropped, np.asarray(image)[:, 40:60])
+    squeezed = render(image, strategy("grid2x2", side=20, whole="canvas")(100, 20))[4]
+    assert squeezed[:, 0, 0].max() < 30 and squeezed[:, -1, 0].min() > 225
+
+
+def test_uhd_floor_never_exceeds_round():
+    rng = np.random.default_rng(2)
+    smaller = 0
+    for size in rng.integers(20, 2000, (200, 2)).tolist():
+        (a, *_), (b, *_) = (strategy("uhd", rounding=r)(*size).views for r in ("floor", "round"))
+        assert a.size[0] % 14 == a.size[1] % 14 == 0
+        assert a.size[0] <= b.size[0] and a.size[1] <= b.size[1]
+        smaller += a.size != b.size
+    assert smaller > 50
+
+
+def test_plan_of_interleave_and_of_several_encoders():
+    one, base = strategy("anyres"), strategy("square", side=336)
+    plan = Plan(image=(one,), images=(base,))
+    assert plan(640, 480) == (one(640, 480),)
+    assert plan(640, 480, images=3) == plan(640, 480, video=True) == (base(640, 480),)
+    cambrian = [
+        strategy("square", side=s, fill=f) for s, f in ((384, (127,) * 3), (1024, (0,) * 3))
+    ]
+    first, second = Plan(image=tuple(cambrian))(640, 480)
+    assert first.views[0].size == (384, 384) and second.views[0].size == (1024, 1024)
+    assert first.views[0].ops[0][-1] == (127, 127, 127)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_native_is_the_resize_rule_of_one_image(rule):
+    tile = strategy("native", rule=rule, merge=2, max_tokens=256)
+    for width, height in [(640, 480), (33, 90), (3000, 500)]:
+        limits = dict(patch=14, min_tokens=16, max_tokens=256)
+        (size,) = RULES[rule]([Clip(height, width, 1, 2)], **limits)
+        (view,) = render(gradient(width, height), tile(width, height))
+        assert view.shape == (*size, 3)
+
+
+@pytest.mark.parametrize(
+    "name, settings, message",
+    [
+        ("tiles", {}, "strategy 'tiles' is unknown: use one of .*'anyres'"),
+        ("square", {"sides": 3}, "'square' has no settings .'sides'., it has"),
+        ("square", {"mode": "stretch"}, "Square.mode is 'stretch': use one of .'crop'"),
+        ("square", {"side": 0}, "Square.side is 0, it must be at least 1"),
+        ("anyres", {"side": 100}, "AnyRes.pinpoints .* multiples of side = 100"),
+        ("dynamic", {"min_tiles": 13}, "Dynamic.min_tiles is 13, above max_tiles = 12"),
+        ("s2", {"scales": (768, 384)}, "S2.scales is .* rising order"),
+    ],
+)
+def test_bad_settings_are_named(name, settings, message):
+    with pytest.raises(ValueError, match=message):
+        strategy(name, **settings)
+
+
+def test_images_that_do_not_fit_their_tiling_are_refused():
+    with pytest.raises(ValueError, match="RGB 9x8, its tiling was made for RGB 8x9"):
+        render(Image.new("RGB", (9, 8)), strategy("square")(8, 9))
+
+
+def test_elongated_pictures_have_views():
+    """As long as `data.image` lets them in; nothing comes out empty."""
+    for name in STRATEGIES:
+        for size in [(1, 200), (200, 1), (10, 2000), (2000, 10), (1, 1), (400, 2)]:
+            tiling = strategy(name)(*size)
+            assert all(min(view.size) >= 1 for view in tiling.views)
+            if name != "native" and max(size) < 1000:
+                views = render(gradient(*size), tiling)
+                assert [v.shape[:2] for v in views] == [v.size for v in tiling.views]
+
+
+def test_strategies_travel_to_worker_processes():
+    plan = Plan(image=(strategy("anyres", pinpoints=[[336, 672], [672, 336]]),))
+    copy = pickle.loads(pickle.dumps(plan))
+    assert copy == plan and hash(copy) == hash(plan)
+    assert copy(640, 480) == plan(640, 480)
+
+
+def test_calls_are_fast_and_remembered():
+    tilers = [strategy(name) for name in STRATEGIES]
+    tilers += [strategy("anyres", side=384, pinpoints=SIX), strategy("dynamic", max_tiles=40)]
+    sizes = np.random.default_rng(5).integers(100, 2000, (100, 2)).tolist()
+    for tile in tilers:
+        tile(500, 500)
+        start = time.perf_counter()
+        for size in sizes:
+            tile(*size)
+        assert (time.perf_counter() - start) / len(sizes) < 1e-3
+        assert tile(*sizes[0]) is tile(*sizes[0])

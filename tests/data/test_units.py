@@ -48,7 +48,7 @@ def test_golden_pixel_shuffle(golden, version, order):
 def test_golden_pixel_shuffle_and_mlp(golden, version, order):
     z, meta = golden("pixel_shuffle")
     side = meta["config"]["grid_side"]
-    u = units.windows(units.view_maps([(side, side)], start=1)[0], 2, order=order)
+    u = units.windows(units.view_maps([(side, side)], prefix=1)[0], 2, order=order)
     w = {k[7:]: torch.from_numpy(z[k]) for k in z.files if k.startswith("w/")}
     for tokens, expected in zip(z["in/vit_tokens"], z[f"out/tokens_{version}"], strict=True):
         x = torch.from_numpy(gather(tokens, u).reshape(len(u.index), -1))

@@ -32,33 +32,32 @@ from vlmjax.data.views import Tiling
 
 
 class Piece(NamedTuple):
-    """A part of the sequence.
-
-    Attributes:
-      kind: `chat.CONTROL`, `chat.TEXT` or `chat.VISUAL`.
-      value: the token's name, the text, or i32[n] visual tokens and specials.
-      steps: i32[n], by how much the position grows at each token of a visual piece; None = by 1.
-    """
+    """A part of the sequence: `chat.CONTROL` and a token, TEXT and text, or VISUAL and i32[n]."""
 
     kind: str
     value: str | np.ndarray
-    steps: np.ndarray | None = None
 
 
 class Arrangement(NamedTuple):
-    """The pieces, and the units that pool the image's visual tokens first (None = no pooling).
+    """The sequence of one image or video.
 
-    Units with weights are sums, without weights the largest value of each channel. Only tokens that
-    are used are pooled; those that stay as they are are units of one.
+    Attributes:
+      pieces: in order; in visual ones -1 - k is the k-th special, others are visual tokens.
+      pool: units of visual tokens that are pooled first, whose results the pieces then count; None
+        = no pooling. Units with weights are sums, without weights the largest value of each
+        channel. Only tokens that are used are pooled; those that stay as they are are units of one.
+      steps: i32[n] for the n entries of all visual pieces, by how much the position grows at each;
+        None = by 1, as at any other token.
     """
 
     pieces: list[Piece]
     pool: units.Units | None
+    steps: np.ndarray | None
 
     @property
-    def num_tokens(self) -> int:
-        """Visual tokens and learned vectors in the sequence."""
-        return sum(len(p.value) for p in self.pieces if p.kind == VISUAL)
+    def entries(self) -> np.ndarray:
+        """Returns i32[n], the visual pieces as one."""
+        return np.concatenate([p.value for p in self.pieces if p.kind == VISUAL])
 
 
 @dataclass(frozen=True)
@@ -151,28 +150,32 @@ def arrange(tiling: Tiling | None, grids: Sequence[tuple[int, int]], form: Forma
     """
     maps = units.view_maps(grids)
     body, pool = LAYOUTS[form.layout](tiling, maps, form)
-    if isinstance(body, np.ndarray):
-        body = [_visual(body, form)]
-    pieces = body
+    pieces = body if isinstance(body, list) else [_visual(body, form)]
     if form.control:
         pieces = [Piece(CONTROL, form.control[0]), *pieces, Piece(CONTROL, form.control[1])]
     if form.tail:
         pieces = [*pieces, Piece(TEXT, form.tail)]
-    return Arrangement(pieces, pool)
+    steps = None
+    if form.positions == "shared":
+        parts = [_shared_steps(len(p.value), form) for p in pieces if p.kind == VISUAL]
+        steps = np.concatenate(parts)
+    return Arrangement(pieces, pool, steps)
 
 
 def _visual(tokens, form):
     if form.vectors:
         first, last = map(form.special, form.vectors)
         tokens = np.concatenate([[first], tokens, [last]])
-    tokens = tokens.astype(np.int32)
-    if form.positions == "sequential":
-        return Piece(VISUAL, tokens)
-    steps = np.zeros(len(tokens), np.int32)
-    steps[: 1 + bool(form.vectors)] = 1
+    return Piece(VISUAL, tokens.astype(np.int32))
+
+
+def _shared_steps(n, form):
+    """1 at the first vector, at the first token and at the last vector."""
+    steps = np.zeros(n, np.int32)
+    steps[:1] = 1
     if form.vectors:
-        steps[-1] = 1
-    return Piece(VISUAL, tokens, steps)
+        steps[[1, -1]] = 1
+    return steps
 
 
 def _flat(tiling, maps, form):

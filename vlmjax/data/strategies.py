@@ -13,7 +13,6 @@ arXiv:2404.16821, LLaVA-UHD arXiv:2403.11703, S2 arXiv:2403.13043.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 from vlmjax.data.anyres import AnyRes, anyres
@@ -164,16 +163,31 @@ STRATEGIES = {
 }
 
 
-def strategy(name: str, **settings) -> Callable[[int, int], Tiling]:
-    """Returns the function (width, height) -> `Tiling` of a named strategy and its settings."""
+@dataclass(frozen=True)
+class Strategy:
+    """A strategy with its settings, (width, height) -> `Tiling`. It can be hashed and pickled."""
+
+    name: str
+    settings: object
+
+    def __call__(self, width: int, height: int) -> Tiling:
+        return _tiling(self, width, height)
+
+
+@functools.lru_cache(maxsize=8192)
+def _tiling(chosen, width, height):
+    return STRATEGIES[chosen.name][0](width, height, chosen.settings)
+
+
+def strategy(name: str, **settings) -> Strategy:
+    """Returns a named strategy; lists among the settings become tuples."""
     if name not in STRATEGIES:
         raise ValueError(f"strategy {name!r} is unknown: use one of {sorted(STRATEGIES)}")
-    function, kind = STRATEGIES[name]
+    kind = STRATEGIES[name][1]
     known = [field.name for field in fields(kind)]
     if unknown := sorted(set(settings) - set(known)):
         raise ValueError(f"strategy {name!r} has no settings {unknown}, it has {known}: rename")
-    chosen = kind(**{k: _frozen(v) for k, v in settings.items()})
-    return functools.lru_cache(maxsize=4096)(functools.partial(function, s=chosen))
+    return Strategy(name, kind(**{k: _frozen(v) for k, v in settings.items()}))
 
 
 def _frozen(value):
@@ -193,9 +207,9 @@ class Plan:
       frame: for each frame of a video; () = as each of several images.
     """
 
-    image: tuple[Callable[[int, int], Tiling], ...]
-    images: tuple[Callable[[int, int], Tiling], ...] = ()
-    frame: tuple[Callable[[int, int], Tiling], ...] = ()
+    image: tuple[Strategy, ...]
+    images: tuple[Strategy, ...] = ()
+    frame: tuple[Strategy, ...] = ()
 
     def __call__(self, width: int, height: int, *, images: int = 1, video: bool = False):
         """Returns the tilings of a picture, one for each encoder.

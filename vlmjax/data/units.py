@@ -1,7 +1,8 @@
 """Units: which patches a connector maps at once, and with which weights. Made on the host.
 
 A map is an i32[h, w] of patch indices; -1 is a place without a patch. The patches of an image are
-numbered view after view, row by row inside a view; the caller turns them into slots of the batch.
+numbered view after view, row by row inside a view; class and register tokens are counted in front
+of the patches of their view, so that the numbers are the image's slots in the encoder's buffer.
 
     maps = view_maps([(24, 24)] * 5)          # five views of 24x24 patches
     windows(maps[0], 2)                       # space-to-depth: 144 units of 4
@@ -39,10 +40,14 @@ class Units(NamedTuple):
     mask: np.ndarray | None = None
 
 
-def view_maps(grids: Iterable[tuple[int, int]], start: int = 0) -> list[np.ndarray]:
-    """Returns i32[h, w] for each (h, w): consecutive numbers, view after view."""
-    maps = []
+def view_maps(grids: Iterable[tuple[int, int]], prefix: int = 0) -> list[np.ndarray]:
+    """Returns i32[h, w] for each (h, w): consecutive numbers, view after view.
+
+    `prefix` numbers in front of each view are those of its class and register tokens.
+    """
+    maps, start = [], 0
     for h, w in grids:
+        start += prefix
         maps.append(np.arange(start, start + h * w, dtype=np.int32).reshape(h, w))
         start += h * w
     return maps
@@ -99,9 +104,18 @@ def single(patches: np.ndarray) -> Units:
     return _units(patches.reshape(-1, 1), None, (1, 1), patches.shape)
 
 
-def whole(patches: np.ndarray) -> Units:
-    """Returns the map as one unit; its token grid is unknown here and set to (1, 1)."""
-    return _units(patches.reshape(1, -1), None, patches.shape, (1, 1))
+def whole(patches: np.ndarray, out: tuple[int, int] = (1, 1), prefix: int = 0) -> Units:
+    """Returns the map as one unit.
+
+    Args:
+      patches: i32[h, w].
+      out: (rows, columns) of the tokens that the connector makes of it.
+      prefix: how many class and register tokens come before the patches; the map is then one view.
+    """
+    index = patches.reshape(1, -1)
+    before = patches[0, 0] - np.arange(prefix, 0, -1)
+    index = np.concatenate([before[None], index], 1) if prefix else index
+    return _units(index, None, patches.shape, out)
 
 
 PADDINGS = ("zero", "floor")
@@ -242,3 +256,35 @@ def sva(
         units = _units(index, None, patches.shape, (side, side))
         towers.append(units._replace(mask=seen.reshape(1, -1)))
     return towers
+
+
+def coded(units: Units) -> np.ndarray:
+    """Returns i32[U, G]: the index, with -2 - i where the mask hides patch i from attention."""
+    if units.mask is None:
+        return units.index
+    return np.where(units.mask | (units.index < 0), units.index, -2 - units.index)
+
+
+def by_rule(
+    rule, maps: Sequence[np.ndarray], *, tokens: int = 1, size: tuple[int, int] | None = None
+) -> Units:
+    """Returns the units that a connector wants of the maps of an image.
+
+    Args:
+      rule: a `batch.UnitRule`.
+      maps: i32[h, w] each.
+      tokens: that the connector makes of a map, where they form no grid.
+      size: (h, w) of a picture that was padded to a square, for `sva`.
+    """
+    if rule.kind == "window":
+        padding = "zero" if rule.pad else "floor"
+        return join(windows(m, rule.side, padding, rule.order) for m in maps)
+    if rule.order == "cell":
+        rows, columns = rule.out
+        if rows != columns or size is None:
+            raise ValueError(
+                f"{rule} with a picture of size {size}: order='cell' needs a square `out` and the "
+                "(h, w) of the picture"
+            )
+        return join(sva(maps, rows, size))
+    return join(whole(m, rule.out or (1, tokens), rule.prefix) for m in maps)
