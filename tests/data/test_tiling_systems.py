@@ -265,11 +265,17 @@ def test_golden_360vl_packing(golden):
 @pytest.mark.parametrize(
     "settings, message",
     [
+        ({"newline": "row", "specials": ("newline",)}, "with layout 'flat', which knows"),
+        ({"unpad": "original"}, "Format.unpad is 'original', layout 'flat' reads only ()"),
+        ({"layout": "frames", "stride": 0}, "Format.stride is 0, it must be at least 1"),
         ({"layout": "rows"}, "Format.layout is 'rows': use one of"),
-        ({"newline": "row"}, "needs a special named 'newline', specials are ()"),
+        ({"newline": "end"}, "needs a special named 'newline', specials are ()"),
         ({"control": ("<img>",)}, "Format.control is .* two names or none"),
-        ({"specials": ("faster",), "fast_every": 2}, "slow and fast frames need newline 'row'"),
-        ({"max_tiles": 4}, "the cap needs unpad"),
+        (
+            {"layout": "frames", "specials": ("faster",), "fast_every": 2},
+            "slow and fast frames need newline 'row'",
+        ),
+        ({"layout": "tiles", "max_tiles": 4}, "the cap needs unpad"),
     ],
 )
 def test_bad_formats_are_named(settings, message):

@@ -31,6 +31,16 @@ def close(found, expected, rel=2e-5):
     assert np.abs(found - expected).max() <= rel * np.abs(expected).max()
 
 
+KINDS = ("weight", "bias")
+
+
+def project(x, scale, shift, w1, b1, w2, b2):
+    """LayerNorm, Linear, GELU, Linear of units f32[U, G, C] with their patches side by side."""
+    x = torch.from_numpy(x.reshape(len(x), -1))
+    x = F.layer_norm(x, x.shape[-1:], scale, shift, 1e-5)
+    return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2).numpy()
+
+
 @pytest.mark.parametrize("version, order", [("v1", "column"), ("v2", "row")])
 def test_golden_pixel_shuffle(golden, version, order):
     z, _ = golden("pixel_shuffle")
@@ -51,10 +61,9 @@ def test_golden_pixel_shuffle_and_mlp(golden, version, order):
     u = units.windows(units.view_maps([(side, side)], prefix=1)[0], 2, order=order)
     w = {k[7:]: torch.from_numpy(z[k]) for k in z.files if k.startswith("w/")}
     for tokens, expected in zip(z["in/vit_tokens"], z[f"out/tokens_{version}"], strict=True):
-        x = torch.from_numpy(gather(tokens, u).reshape(len(u.index), -1))
-        x = F.layer_norm(x, x.shape[-1:], w["0.weight"], w["0.bias"], 1e-5)
-        x = F.gelu(F.linear(x, w["1.weight"], w["1.bias"]))
-        close(F.linear(x, w["3.weight"], w["3.bias"]).numpy(), expected)
+        close(
+            project(gather(tokens, u), *(w[f"{k}.{v}"] for k in (0, 1, 3) for v in KINDS)), expected
+        )
 
 
 @pytest.mark.parametrize("side", [5, 7])
@@ -65,10 +74,9 @@ def test_golden_downsample_of_odd_grids(golden, side):
     pre = "w/mlp_downsample.layers."
     w = {k[len(pre) :]: torch.from_numpy(z[k]) for k in z.files if k.startswith(pre)}
     for tokens, expected in zip(z[f"in/x_{side}"], z[f"out/mlp_downsample_{side}"], strict=True):
-        x = torch.from_numpy(gather(tokens, u).reshape(len(u.index), -1))
-        x = F.layer_norm(x, x.shape[-1:], w["1.weight"], w["1.bias"], 1e-5)
-        x = F.gelu(F.linear(x, w["2.weight"], w["2.bias"]))
-        close(F.linear(x, w["4.weight"], w["4.bias"]).numpy(), expected)
+        close(
+            project(gather(tokens, u), *(w[f"{k}.{v}"] for k in (1, 2, 4) for v in KINDS)), expected
+        )
 
 
 @pytest.mark.parametrize("target", [0, 1])
@@ -195,6 +203,14 @@ def test_join_keeps_maps_apart():
     assert u.index[0].tolist() == [0, 1, 2, 3] + [-1] * 8
     u = units.join(units.area(m, (2, 2)) for m in maps)
     assert u.grids == ((2, 2), (2, 2)) and np.allclose(u.weights.sum(1), 1)
+
+
+def test_shifted_and_unpooled_units():
+    maps = units.view_maps([(2, 2), (3, 3)])
+    u = units.shifted(units.join([units.unpooled(maps[0]), units.area(maps[1], (2, 2))]), 10)
+    assert u.index[:4, 0].tolist() == [10, 11, 12, 13] and (u.index[:4, 1:] == -1).all()
+    assert u.index[4].tolist() == [14, 15, 17, 18] and np.allclose(u.weights.sum(1), 1)
+    assert units.unpooled(maps[0], weighted=False).weights is None
 
 
 def test_sva_refuses_towers_without_windows():

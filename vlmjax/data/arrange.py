@@ -1,12 +1,12 @@
 """The sequence that stands for an image or a video: which visual token comes where, and between.
 
     form = Format(layout="tiles", unpad="original", newline="row", specials=("image_newline",))
-    pieces, pool = arrange(tiling, [(24, 24)] * len(tiling.views), form)
+    made = arrange(tiling, [(24, 24)] * len(tiling.views), form)    # made.pieces, made.pool
 
 The visual tokens of an image are numbered as the connector makes them: unit after unit. A piece is
 control token, text, or an i32 array of visual tokens, in which -1 - k is the k-th learned vector of
-`Format.specials`. Where tokens are pooled after the connector, `pool` says how and the pieces count
-the pooled tokens.
+`Format.specials`. Where tokens are pooled after the connector, `pool` says how, and the pieces
+count the pooled tokens.
 
 Layouts:
 
@@ -15,6 +15,9 @@ Layouts:
     "square"  the rows of the one map of a picture that was padded to a square: Cambrian-1
     "slices"  <image>...</image><slice><image>...</image>...\\n...</slice>\\n: MiniCPM-V
     "frames"  the pooled frames of a video one after another: LLaVA-NeXT-Video
+
+Adding one: a function (tiling, maps of token numbers, format) -> (i32[n] or pieces, pool), and a
+line in LAYOUTS with what it reads of the format.
 """
 
 from __future__ import annotations
@@ -99,18 +102,8 @@ class Format:
     positions: str = "sequential"
 
     def __post_init__(self):
-        for name, known in (
-            ("layout", LAYOUTS),
-            ("newline", ("none", "row", "frame", "end")),
-            ("base", ("first", "none")),
-            ("unpad", ("none", *READINGS)),
-            ("pool", ("none", *units.POOLS)),
-            ("positions", ("sequential", "shared")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"Format.{name} is {getattr(self, name)!r}: use one of {sorted(known)}"
-                )
+        self._check_choices()
+        self._check_layout()
         needed = list(self.vectors)
         needed += ["newline"] * (self.newline != "none") + ["faster"] * (self.fast_every > 0)
         for name in needed:
@@ -128,6 +121,41 @@ class Format:
                 f"Format.max_tiles is {self.max_tiles} with unpad {self.unpad!r} and pool "
                 f"{self.pool!r}: the cap needs unpad and no other pool"
             )
+
+    def _check_choices(self):
+        for name, known in (
+            ("layout", LAYOUTS),
+            ("newline", ("none", "row", "frame", "end")),
+            ("base", ("first", "none")),
+            ("unpad", ("none", *READINGS)),
+            ("pool", ("none", *units.POOLS)),
+            ("positions", ("sequential", "shared")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"Format.{name} is {getattr(self, name)!r}: use one of {sorted(known)}"
+                )
+        for name, least in (("stride", 1), ("max_tiles", 0), ("fast_every", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"Format.{name} is {getattr(self, name)}, it must be at least {least}: correct "
+                    "it"
+                )
+
+    def _check_layout(self):
+        """What the layout would ignore is refused."""
+        layout = LAYOUTS[self.layout]
+        if self.newline not in layout.newlines:
+            raise ValueError(
+                f"Format.newline is {self.newline!r} with layout {self.layout!r}, which knows "
+                f"{layout.newlines}: choose one of them, or another layout"
+            )
+        for name in set(READ_BY_SOME) - set(layout.reads):
+            if getattr(self, name) != getattr(type(self), name):
+                raise ValueError(
+                    f"Format.{name} is {getattr(self, name)!r}, layout {self.layout!r} reads only "
+                    f"{layout.reads}: leave it out, or choose another layout"
+                )
 
     def special(self, name: str) -> int:
         """Returns -1 - k of the special of this name, or whose name ends with "_" and it."""
@@ -149,7 +177,7 @@ def arrange(tiling: Tiling | None, grids: Sequence[tuple[int, int]], form: Forma
       form: a `Format`.
     """
     maps = units.view_maps(grids)
-    body, pool = LAYOUTS[form.layout](tiling, maps, form)
+    body, pool = LAYOUTS[form.layout].function(tiling, maps, form)
     pieces = body if isinstance(body, list) else [_visual(body, form)]
     if form.control:
         pieces = [Piece(CONTROL, form.control[0]), *pieces, Piece(CONTROL, form.control[1])]
@@ -221,16 +249,12 @@ def _tiles(tiling, maps, form):
     elif form.max_tiles:
         size = cap(canvas.shape, form.max_tiles, tiles[0].shape[0])
         pool = units.bilinear(canvas, size) if size != canvas.shape else None
+    whole = [base] if form.base == "first" else []
     if pool is not None:
-        first = units.single(base)
-        if pool.weights is not None:
-            first = first._replace(weights=np.ones(first.index.shape, np.float32))
-        pool = units.join([first, pool])
-        base, canvas = units.view_maps(pool.grids)
-    parts = [_rows(canvas, form)]
-    if form.base == "first":
-        parts.insert(0, base.ravel())
-    return np.concatenate(parts), pool
+        kept = [units.unpooled(m, pool.weights is not None) for m in whole]
+        pool = units.join([*kept, pool])
+        *whole, canvas = units.view_maps(pool.grids)
+    return np.concatenate([*(m.ravel() for m in whole), _rows(canvas, form)]), pool
 
 
 def _slices(tiling, maps, form):
@@ -270,10 +294,19 @@ def _frames(tiling, maps, form):
     return tokens, pool
 
 
-LAYOUTS: dict[str, Callable] = {
-    "flat": _flat,
-    "tiles": _tiles,
-    "square": _square,
-    "slices": _slices,
-    "frames": _frames,
+class Layout(NamedTuple):
+    """A function, where newlines may stand, and which of READ_BY_SOME it reads of the format."""
+
+    function: Callable
+    newlines: tuple[str, ...] = ("none",)
+    reads: tuple[str, ...] = ()
+
+
+READ_BY_SOME = ("base", "unpad", "max_tiles", "pool", "stride", "fast_every")
+LAYOUTS = {
+    "flat": Layout(_flat, ("none", "end")),
+    "tiles": Layout(_tiles, ("none", "row"), ("base", "unpad", "max_tiles", "pool", "stride")),
+    "square": Layout(_square, ("none", "row"), ("unpad",)),
+    "slices": Layout(_slices),
+    "frames": Layout(_frames, ("none", "row", "frame", "end"), ("pool", "stride", "fast_every")),
 }

@@ -218,4 +218,4 @@ class Plan:
         """
         several = self.images or self.image
         chosen = (self.frame or several) if video else self.image if images == 1 else several
-        return tuple(strategy(width, height) for strategy in chosen)
+        return tuple(tile(width, height) for tile in chosen)

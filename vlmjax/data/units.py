@@ -104,6 +104,17 @@ def single(patches: np.ndarray) -> Units:
     return _units(patches.reshape(-1, 1), None, (1, 1), patches.shape)
 
 
+def unpooled(tokens: np.ndarray, weighted: bool = True) -> Units:
+    """Returns units that leave a map as it is among pooled ones, with weights or without."""
+    units = single(tokens)
+    return units._replace(weights=np.ones(units.index.shape, np.float32) if weighted else None)
+
+
+def shifted(units: Units, by: int) -> Units:
+    """Returns the units of an image whose patches are counted from `by`."""
+    return units._replace(index=np.where(units.index >= 0, units.index + by, units.index))
+
+
 def whole(patches: np.ndarray, out: tuple[int, int] = (1, 1), prefix: int = 0) -> Units:
     """Returns the map as one unit.
 
