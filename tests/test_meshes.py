@@ -36,7 +36,7 @@ CODE = """
 import jax, numpy as np, sys
 from flax import nnx
 from vlmjax import sharding
-from vlmjax.batch import Budget, Form, empty_batch
+from vlmjax.batch import Budget, Form, TowerForm, empty_batch
 from vlmjax.connectors.mlp import MLPConfig
 from vlmjax.llm.decoder import DecoderConfig
 from vlmjax.objectives.sft import sft
@@ -49,7 +49,7 @@ cfg = VLMConfig(
     Compute(vision_block=8, llm_block=8, loss_chunk=16, loss_columns=24),
 )
 rng = np.random.default_rng(0)
-batch = empty_batch(8, Budget(32, 64, 16, 4), Form((48,)))
+batch = empty_batch(8, Budget(32, 64, 16, 4), Form((TowerForm(4),)))
 for r in range(8):
     n = rng.integers(3, 20)
     batch.segments[r, :n], batch.segments[r, n:30] = 1, 2

@@ -17,7 +17,7 @@ from hf_reference import VARIANTS, reference_model
 from safetensors.numpy import save_file
 
 from vlmjax import hf, vlm
-from vlmjax.batch import Budget, Form
+from vlmjax.batch import Budget, Form, TowerForm
 from vlmjax.connectors import units
 from vlmjax.data.pack import pack, size
 from vlmjax.data.processor import Processor, ProcessorConfig
@@ -78,7 +78,7 @@ def _batch(rows):
     """Rows of samples in the smallest common budget, with some padding in every row."""
     sizes = np.array([np.sum([size(s) for s in row], axis=0) for row in rows]).max(0)
     budget = Budget(*(int(n) + 3 for n in sizes[:3]))
-    return jax.tree.map(jnp.asarray, pack(rows, budget, Form((588,)))[0])
+    return jax.tree.map(jnp.asarray, pack(rows, budget, Form((TowerForm(14),)))[0])
 
 
 def _model(directory):

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from vlmjax import rope
-from vlmjax.batch import Budget, Form
+from vlmjax.batch import Budget, Form, TowerForm
 from vlmjax.connectors.mlp import MLPConfig
 from vlmjax.data.pack import pack
 from vlmjax.data.sample import Item, Sample
@@ -67,7 +67,7 @@ def sample(number, text=6):
 
 def run(samples, budget):
     """Returns the logits of each sample of one packed row."""
-    batch, _ = pack([samples], budget, Form((48,)))
+    batch, _ = pack([samples], budget, Form((TowerForm(4),)))
     out = np.asarray(logits(model()[1], batch))[0]
     return [out[batch.segments[0] == k + 1] for k in range(len(samples))]
 
@@ -87,7 +87,7 @@ def test_padding_changes_nothing(number):
     small, large = Budget(24, 56, 24, 4), Budget(64, 80, 40, 4)
     want = run([one], small)[0]
     np.testing.assert_allclose(run([one], large)[0], want, atol=1e-5 * np.abs(want).max())
-    batch, _ = pack([[one]], large, Form((48,)))
+    batch, _ = pack([[one]], large, Form((TowerForm(4),)))
     pad_t, pad_p = batch.segments == 0, batch.patches[0].segments == 0
     batch.tokens[pad_t], batch.positions[pad_t], batch.patches[0].pixels[pad_p] = 17, 5, 99
     noisy = np.asarray(logits(model()[1], batch))[0][~pad_t[0]]
@@ -97,20 +97,20 @@ def test_padding_changes_nothing(number):
 def test_video_encoded_whole_equals_frame_by_frame():
     video = sample(3)
     budget = Budget(64, 80, 40, 4)
-    whole = np.asarray(encode(model()[1], pack([[video]], budget, Form((48,)))[0]))[0]
+    whole = np.asarray(encode(model()[1], pack([[video]], budget, Form((TowerForm(4),)))[0]))[0]
     at = 0
     for frame in video.items:
         n = int(frame.keep.sum())
         alone = Sample("f", video.tokens[:n], video.labels[:n], (frame,), np.ones(n, bool))
-        out = np.asarray(encode(model()[1], pack([[alone]], budget, Form((48,)))[0]))[0, :n]
+        out = np.asarray(encode(model()[1], pack([[alone]], budget, Form((TowerForm(4),)))[0]))[0, :n]
         np.testing.assert_allclose(whole[at : at + n], out, atol=1e-5 * np.abs(out).max())
         at += n
 
 
 def test_a_row_does_not_depend_on_the_other_rows():
     budget = Budget(32, 80, 40, 4)
-    two, _ = pack([[sample(1)], [sample(3)]], budget, Form((48,)))
-    one, _ = pack([[sample(1)], []], budget, Form((48,)))
+    two, _ = pack([[sample(1)], [sample(3)]], budget, Form((TowerForm(4),)))
+    one, _ = pack([[sample(1)], []], budget, Form((TowerForm(4),)))
     np.testing.assert_array_equal(*(np.asarray(logits(model()[1], b))[0] for b in (two, one)))
 
 

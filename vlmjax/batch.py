@@ -96,28 +96,53 @@ class Routed(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class TowerForm:
+    """What the host knows of an encoder.
+
+    Attributes:
+      patch: pixels on a side of a patch.
+      prefix: slots in front of the patches of each view.
+      position: where patches lie in the frame of the encoder, a key of `data.coords.COORDS`.
+      side: of its position table.
+      out: (rows, columns) of its output slots of a view; None = one for each input slot.
+    """
+
+    patch: int
+    prefix: int = 0
+    position: str = "grid"
+    side: int = 0
+    out: tuple | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Form:
     """What the batches of a model hold, whatever their budgets.
 
     Attributes:
-      patch_dims: values in a patch row of each encoder.
+      towers: of each encoder.
       encoders: the encoder of each source of the connector.
-      weighted, sized: whether the units of each source carry weights, and sizes.
+      weighted: whether units carry weights.
+      unit: what the units of a picture are.
       groups: (sources, tokens): the connector maps the units of these sources together, each unit
         to so many visual tokens; those of the first group come first.
-      pooled: whether visual tokens are pooled after the connector.
+      specials: names of the learned vectors behind the visual tokens.
+      pool: of visual tokens after the connector, "none", "max" or "weighted".
+      routed: which tokens have parameters of their own: "none", "expert" (those of a picture but
+        the last) or "queries" (each visual token before pooling, for SVA in the decoder).
     """
 
-    patch_dims: tuple = ()
+    towers: tuple = (TowerForm(0),)
     encoders: tuple = (0,)
-    weighted: tuple = (False,)
-    sized: tuple = (False,)
+    weighted: bool = False
+    unit: UnitRule = UnitRule()
     groups: tuple = (((0,), 1),)
-    pooled: bool = False
+    specials: tuple = ()
+    pool: str = "none"
+    routed: str = "none"
 
     def visual(self, budget):
         """Returns the slots of visual tokens in a row."""
-        if self.pooled:
+        if self.pool != "none":
             return budget.pool[0]
         return sum(budget.visual[sources[0]] * tokens for sources, tokens in self.groups)
 
@@ -233,21 +258,21 @@ def empty_batch(rows, budget, form):
         weights=zeros(t, dtype=np.float32),
         source=none(t),
         patches=tuple(
-            Patches(zeros(p, dim, dtype=np.uint8), zeros(p), zeros(p, 2, dtype=np.float32))
-            for p, dim in zip(budget.patches, form.patch_dims, strict=True)
+            Patches(
+                zeros(p, 3 * tower.patch**2, dtype=np.uint8), zeros(p), zeros(p, 2, dtype=np.float32)
+            )
+            for p, tower in zip(budget.patches, form.towers, strict=True)
         ),
         units=tuple(
             Units(
                 none(u, g),
-                zeros(u, g, dtype=np.float32) if weighted else None,
-                zeros(u, 2) if sized else None,
+                zeros(u, g, dtype=np.float32) if form.weighted else None,
+                zeros(u, 2) if form.unit.kind == "map" else None,
             )
-            for u, g, weighted, sized in zip(
-                budget.visual, budget.group, form.weighted, form.sized, strict=True
-            )
+            for u, g in zip(budget.visual, budget.group, strict=True)
         ),
         pool=Units(none(*budget.pool), zeros(*budget.pool, dtype=np.float32))
-        if form.pooled
+        if form.pool != "none"
         else None,
         routed=Routed(none(budget.routed), none(t)) if budget.routed else None,
     )

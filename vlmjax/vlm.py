@@ -108,20 +108,23 @@ class VLMConfig:
     @property
     def form(self):
         """The `batch.Form` of its batches."""
-        towers = list(self.encoders.values())
+        towers = [tower.form for tower in self.encoders.values()]
         if not towers:
-            return Form((0,))
+            return Form()
         sources = self.sources or tuple(range(len(towers)))
         n, tokens = len(sources), self.connector.tokens
         copies = len(getattr(self.connector, "copies", ())) > 1
         groups = [((k,), tokens) for k in range(n)] if copies else [(tuple(range(n)), tokens)]
+        routed = "expert" if self.llm.expert != "none" else "none"
         return Form(
-            patch_dims=tuple(tower.patch_dim for tower in towers),
+            towers=tuple(towers),
             encoders=sources,
-            weighted=(getattr(self.connector, "reduce", "") == "weighted",) * n,
-            sized=(self.connector.unit.kind == "map",) * n,
+            weighted=getattr(self.connector, "reduce", "") == "weighted",
+            unit=self.connector.unit,
             groups=tuple(groups),
-            pooled=self.pool != "none",
+            specials=self.connector.specials,
+            pool=self.pool,
+            routed="queries" if self.llm.extra_num else routed,
         )
 
 

@@ -121,7 +121,7 @@ def make_samples(args, cfg):
 
 def pack_all(samples, rows, budgets):
     """Returns (bucket, Batch, Stats) of steps that see every sample once."""
-    from vlmjax.batch import Budget, Form
+    from vlmjax.batch import Budget, Form, TowerForm
     from vlmjax.data.pack import pack, size
     from vlmjax.data.stream import choose_bucket
 
@@ -136,18 +136,18 @@ def pack_all(samples, rows, budgets):
         bucket, places = choose_bucket(sizes, budgets, rows, urgent=True)
         placed = list(zip(waiting, places, strict=True))
         chosen = [[s for s, p in placed if p == row] for row in range(rows)]
-        steps.append((bucket, *pack(chosen, budgets[bucket], Form((588,)))))
+        steps.append((bucket, *pack(chosen, budgets[bucket], Form((TowerForm(14),)))))
         waiting = [s for s, p in placed if p is None]
     return steps
 
 
 def one_row(samples):
     """Returns (Batch, Stats) of a row as long as it takes."""
-    from vlmjax.batch import Budget, Form
+    from vlmjax.batch import Budget, Form, TowerForm
     from vlmjax.data.pack import pack, size
 
     budget = Budget(*(int(n) for n in np.sum([size(s) for s in samples], 0)[:3]))
-    return pack([samples], budget, Form((588,)))
+    return pack([samples], budget, Form((TowerForm(14),)))
 
 
 def make_model(args, run, samples):

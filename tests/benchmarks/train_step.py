@@ -127,7 +127,7 @@ def timed(step, batches, args):
 
 def pack_rows(samples, rows, share, blocks):
     """Returns packed `Batch`es; a row holds `share` mean samples, at least the largest one."""
-    from vlmjax.batch import Budget, Form
+    from vlmjax.batch import Budget, Form, TowerForm
     from vlmjax.data.pack import first_fit, pack, size
 
     sizes = np.array([size(s) for s in samples])
@@ -143,7 +143,7 @@ def pack_rows(samples, rows, share, blocks):
         chosen = [
             [s for s, p in zip(waiting, places, strict=True) if p == row] for row in range(rows)
         ]
-        batches.append(pack(chosen, budget, Form((588,)))[0])
+        batches.append(pack(chosen, budget, Form((TowerForm(14),)))[0])
         waiting = [s for s, p in zip(waiting, places, strict=True) if p is None]
     return batches
 

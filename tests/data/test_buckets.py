@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from vlmjax.batch import Budget, Form
+from vlmjax.batch import Budget, Form, TowerForm
 from vlmjax.data.pack import check_fits
 from vlmjax.data.sample import Item, Sample
 from vlmjax.data.stream import Mixture, choose_bucket, packed_batches
@@ -50,7 +50,7 @@ def process(record):
 
 
 def stream(budgets=(MIXED, TEXT), position=None, pool=POOL):
-    kwargs = dict(pool=pool, form=Form((DIM,)), normalisation="token", position=position)
+    kwargs = dict(pool=pool, form=Form((TowerForm(1),)), normalisation="token", position=position)
     return packed_batches(MIXTURE, process, budgets, ROWS, **kwargs)
 
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from vlmjax.batch import Budget, Form
+from vlmjax.batch import Budget, Form, TowerForm
 from vlmjax.data.pack import check_fits, first_fit, pack
 from vlmjax.data.sample import Item, Sample, window_coords
 from vlmjax.data.stream import Mixture, packed_batches, prefetch
@@ -26,7 +26,7 @@ def make_sample(number, merge=1, grid=(2, 2), text=5, keep=None):
 def test_layout_of_a_row():
     one = make_sample(7, merge=2, grid=(2, 4), keep=[False, True])
     two = make_sample(9, merge=1, grid=(1, 2))
-    batch, stats = pack([[one, two]], BUDGET, Form((12,)))
+    batch, stats = pack([[one, two]], BUDGET, Form((TowerForm(2),)))
     np.testing.assert_array_equal(batch.segments[0, :14], [1] * 6 + [2] * 7 + [0])
     np.testing.assert_array_equal(batch.positions[0, :13], [*range(6), *range(7)])
     np.testing.assert_array_equal(batch.source[0, :10], [-1, 0, -1, -1, -1, -1, -1, 1, 2, -1])
@@ -47,7 +47,7 @@ def test_layout_of_a_row():
 def test_weights_sum_to_one(how):
     short, long = make_sample(1), make_sample(2)
     long.labels[1:] = long.tokens[1:]
-    batch, _ = pack([[short, long], []], BUDGET, Form((12,)), how)
+    batch, _ = pack([[short, long], []], BUDGET, Form((TowerForm(2),)), how)
     share = batch.weights[0, :9].sum()
     n = np.array([3, 8])
     want = {"token": n / n.sum(), "sample": np.array([0.5, 0.5]), "sqrt": n**0.5 / (n**0.5).sum()}[
@@ -59,7 +59,7 @@ def test_weights_sum_to_one(how):
 
 def test_unknown_normalisation():
     with pytest.raises(ValueError, match="choose one of"):
-        pack([[]], BUDGET, Form((12,)), "mean")
+        pack([[]], BUDGET, Form((TowerForm(2),)), "mean")
 
 
 def test_window_major_order():
@@ -108,7 +108,7 @@ def stream(position=None):
         [BUDGET],
         2,
         pool=12,
-        form=Form((12,)),
+        form=Form((TowerForm(2),)),
         normalisation="token",
         position=position,
     )

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from vlmjax.batch import Budget, Form, Patches
+from vlmjax.batch import Budget, Form, Patches, TowerForm
 from vlmjax.data.pack import check_fits, pack
 from vlmjax.data.processor import Processor, ProcessorConfig
 from vlmjax.data.sample import PRUNE, Item, Sample
@@ -51,7 +51,7 @@ def chat(request, weights):
 
 
 def packed(samples, budget=(256, 320, 128, 4)):
-    return pack([samples], Budget(*budget), Form((3 * PATCH**2,)))
+    return pack([samples], Budget(*budget), Form((TowerForm(PATCH),)))
 
 
 def test_counts_are_of_kept_windows_only():
@@ -97,7 +97,7 @@ def test_a_frame_without_tokens_leaves_no_segment():
     )
     tokens = np.arange(5, dtype=np.int32)
     sample = Sample("s", tokens, tokens, items, np.array([1, 1, 0, 1, 0], bool))
-    batch, stats = pack([[sample]], Budget(8, 16, 8, 4), Form((12,)))
+    batch, stats = pack([[sample]], Budget(8, 16, 8, 4), Form((TowerForm(2),)))
     np.testing.assert_array_equal(batch.patches[0].segments[0], [1] * 8 + [2] * 4 + [0] * 4)
     np.testing.assert_array_equal(batch.patches[0].pixels[0, :, 0], [0] * 8 + [2] * 4 + [0] * 4)
     assert (stats.visual, stats.visual_before_pruning, stats.patches) == (3, 6, (12,))
@@ -183,7 +183,7 @@ def test_packing_holds_more_and_resumes_exactly():
             [(1024, 220, 220, 4)],
             2,
             pool=8,
-            form=Form((3 * PATCH**2,)),
+            form=Form((TowerForm(PATCH),)),
             normalisation="token",
             position=position,
         )

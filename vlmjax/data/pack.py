@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 
 from vlmjax.batch import empty_batch
+from vlmjax.data.sample import group_bases, number_tokens
 
 NORMALISATIONS = ("token", "sample", "sqrt")
 
@@ -134,13 +135,14 @@ def pack(samples_by_row, budget, form, normalisation="token"):
     batch = empty_batch(len(samples_by_row), budget, form)
     token_pairs, patch_pairs = 0, np.zeros(len(budget.patches), np.int64)
     for row, samples in enumerate(samples_by_row):
-        used = np.zeros(len(budget.limits), np.int64)
+        used, out = (np.zeros(len(n), np.int64) for n in (budget.limits, budget.patches))
         for number, sample in enumerate(samples, 1):
             _place_text(batch, row, number, sample, used[0], normalisation)
-            _place_visual(batch, row, sample, used, budget, form)
+            _place_visual(batch, row, sample, used, out, budget, form)
             token_pairs += len(sample.tokens) ** 2
             for item in sample.items:
                 patch_pairs[item.encoder] += item.num_slots**2
+                out[item.encoder] += item.num_out
             used += size(sample, budget)
     supervised, visual = (int(n) for n in ((batch.weights > 0).sum(), (batch.source >= 0).sum()))
     batch = batch._replace(weights=batch.weights / max(float(batch.weights.sum()), 1e-30))
@@ -174,11 +176,15 @@ def _place_text(batch, row, number, sample, at, normalisation):
     batch.weights[row, before] = token_weights(sample, normalisation)
 
 
-def _place_visual(batch, row, sample, used, budget, form):
-    """Adds the visual part of a sample to a row, behind the `used` slots of `budget.limits`."""
+def _place_visual(batch, row, sample, used, first_out, budget, form):
+    """Adds the visual part of a sample to a row.
+
+    Args:
+      used: the slots of `budget.limits` that the row has in use.
+      first_out: the same of each encoder's output.
+    """
     a, encoders = sample.placed(), len(budget.patches)
     at, first_unit = used[1 : 1 + encoders].copy(), used[1 + encoders : -2]
-    first_slot = at.copy()
     for item in sample.items:
         patches, slots = batch.patches[item.encoder], slice(at[item.encoder], None)
         m = item.num_slots
@@ -188,16 +194,12 @@ def _place_visual(batch, row, sample, used, budget, form):
         patches.segments[row, slots][:m] = patches.segments[row].max() + 1
         patches.coords[row, slots][:m] = item.slot_coords()
         at[item.encoder] += m
-    table = [np.zeros(0, np.int64)]  # visual token of the sample -> of the row
-    base = 0
-    for sources, tokens in form.groups if sample.items else ():
-        start, number = base + tokens * first_unit[sources[0]], len(a.units[sources[0]].index)
-        table.append(start + np.arange(tokens * number))
-        base += tokens * budget.visual[sources[0]]
-    table = np.concatenate(table)
+    table = np.zeros(0, np.int64)  # visual token of the sample -> of the row
     if sample.items:
         for k, units in enumerate(a.units):
-            _place_units(batch.units[k], row, units, first_unit[k], first_slot[form.encoders[k]])
+            _place_units(batch.units[k], row, units, first_unit[k], first_out[form.encoders[k]])
+        counts = [len(u.index) for u in a.units]
+        table = number_tokens(form, counts, first_unit, group_bases(form, budget.visual))
     if a.pool is not None:
         index = np.where(a.pool.index >= 0, table[a.pool.index], -1)
         _place_units(batch.pool, row, a.pool._replace(index=index), used[-2], 0)

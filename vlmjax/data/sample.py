@@ -39,6 +39,7 @@ class Item:
       encoder: which of them sees it.
       prefix: slots in front of the patches for class and register tokens.
       coords: f32[h * w, 2] of the patches for the encoder's positions; None = row and column.
+      out: slots of the encoder's output; None = as many as of its input.
     """
 
     patches: np.ndarray
@@ -49,6 +50,7 @@ class Item:
     encoder: int = 0
     prefix: int = 0
     coords: np.ndarray | None = None
+    out: int | None = None
 
     @property
     def encoded(self):
@@ -66,6 +68,11 @@ class Item:
         """How many slots of the encoder's buffer it takes."""
         return self.num_encoded and self.prefix + self.num_encoded
 
+    @property
+    def num_out(self):
+        """How many slots of the encoder's output it takes."""
+        return self.num_slots if self.out is None else self.out
+
     def slot_coords(self):
         """Returns f32[num_slots, 2], with -1 - k in front for the k-th prefix token."""
         coords = window_coords(*self.grid, self.merge) if self.coords is None else self.coords
@@ -73,13 +80,35 @@ class Item:
         return np.concatenate([np.repeat(prefix[:, None], 2, 1), coords[self.encoded]])
 
 
+def number_tokens(form, counts, before, bases):
+    """Returns i64[n]: the numbers of visual tokens, in order, in a larger whole.
+
+    Args:
+      form: a `batch.Form`.
+      counts: units of each source here.
+      before: units of each source that come first there.
+      bases: where the tokens of each group begin there.
+    """
+    runs = [
+        base + tokens * before[sources[0]] + np.arange(tokens * counts[sources[0]])
+        for (sources, tokens), base in zip(form.groups, bases, strict=True)
+    ]
+    return np.concatenate(runs)
+
+
+def group_bases(form, counts):
+    """Returns where the tokens of each group begin behind those of `counts` units a source."""
+    sizes = [tokens * counts[sources[0]] for sources, tokens in form.groups]
+    return np.cumsum([0, *sizes[:-1]])
+
+
 @dataclass(frozen=True, eq=False)
 class Placement:
     """How the visual tokens of a sample come about and where they go.
 
     Attributes:
-      units: of each source of the connector, without the axis B; `index` counts the slots of the
-        items of its encoder in this sample.
+      units: of each source of the connector, without the axis B; `index` counts the output slots
+        of the items of its encoder in this sample.
       source: i32[n]; the visual token of a slot (those of the first group of the connector come
         first), -1 for text, -2 - k for the k-th special vector.
       pool: `Units` over the visual tokens, after which `source` counts pooled ones; or None.

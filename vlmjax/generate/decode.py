@@ -200,9 +200,9 @@ class Generator:
         and costs little.
         """
         form = self.config.form
-        least = Budget(1, (0,) * len(form.patch_dims), *((n,) * len(form.encoders) for n in (0, 4)))
+        least = Budget(1, (0,) * len(form.towers), *((n,) * len(form.encoders) for n in (0, 4)))
         sizes = np.max([size(s, least) for s in samples], 0)
-        tokens, encoders = bucket(int(sizes[0]), LEAST_TOKENS), len(form.patch_dims)
+        tokens, encoders = bucket(int(sizes[0]), LEAST_TOKENS), len(form.towers)
         patches = [bucket(int(n), LEAST_PATCHES) for n in sizes[1 : 1 + encoders]]
         if not any(patches):
             return dataclasses.replace(least, tokens=tokens)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from vlmjax.batch import TowerForm
 from vlmjax.nn import MLP, Dense, LayerNorm, Scale, param, scan_layers, stack
 from vlmjax.sharding import layout_of
 from vlmjax.vision.pixels import CLIP, normalise
@@ -61,6 +62,11 @@ class ConvNeXtConfig:
     def patch_dim(self):
         """Values in a patch row."""
         return 3 * self.patch**2
+
+    @property
+    def form(self):
+        """What the host knows of it."""
+        return TowerForm(self.patch, out=(self.grid, self.grid))
 
     @property
     def out_width(self):

@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-TABLES = ("table", "bicubic", "bicubic_antialias")
+TABLES = ("table", "bucket", "bicubic", "bicubic_antialias")
 
 
 def sample(table, how, segments, coords):
@@ -13,14 +13,14 @@ def sample(table, how, segments, coords):
 
     Args:
       table: f32[side * side, D] in reading order, or with a row more in front for class tokens.
-      how: "table": a row of the table at whole coordinates; "bicubic": as torch resizes the table,
+      how: "table" and "bucket": a row of the table at whole coordinates; "bicubic": as torch resizes the table,
         align_corners=False; "bicubic_antialias": with its antialias=True.
       segments, coords: of a `batch.Patches`.
     """
     side = math.isqrt(len(table))
     first, coords = len(table) - side**2, coords.astype(jnp.float32)
     inside = jnp.maximum(coords, -0.5)  # the prefix: anywhere
-    if how == "table":
+    if how in ("table", "bucket"):
         at = inside.astype(jnp.int32)
         patches = table[first + at[..., 0] * side + at[..., 1]]
     else:

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlmjax.attention import Attention, packed
+from vlmjax.batch import TowerForm
 from vlmjax.nn import MLP, Dense, LayerNorm, RMSNorm, Scale, Table, scan_layers, stack
 from vlmjax.rope import angles_2d
 from vlmjax.sharding import layout_of
@@ -59,6 +60,7 @@ class ViTConfig:
       prefix: slots in front of each view: 0, 1 for a class token, 1 + r with r registers.
       position: "rope2d" by row and column; or a learned table of side x side, and where the prefix
         is not empty one row more for the class token: "table" looks up whole rows and columns,
+        "bucket" whole buckets of them, as many as the table has for a view of any size (NaViT),
         "bicubic" samples it where they lie between, as torch resizes, "bicubic_antialias" does so
         with torch's antialias=True (which needs every view whole).
       side: of the table.
@@ -132,6 +134,12 @@ class ViTConfig:
         return self.layers if self.features == "last" else self.layers + 1 + int(self.features)
 
     @property
+    def form(self):
+        """What the host knows of it: "table" takes whole places, "bicubic" those between."""
+        places = {"rope2d": "grid", "table": "table", "bucket": "bucket"}
+        return TowerForm(self.patch, self.prefix, places.get(self.position, "table"), self.side)
+
+    @property
     def out_width(self):
         """Channels of a feature."""
         return self.width
@@ -170,7 +178,7 @@ PRESETS = {
     # As in transformers; timm and open_clip run the same weights with act="gelu".
     "siglip_so400m_14_384": dict(_SO400M, position="table", side=27),
     # Idefics2 and MiniCPM-Llama3-V 2.5: whole buckets of the table, whatever the size of a view.
-    "siglip_navit": dict(_SO400M, position="table", side=70),
+    "siglip_navit": dict(_SO400M, position="bucket", side=70),
     # MiniCPM-V 2.0, by timm: the last block dropped, the final norm kept.
     "siglip_minicpm_v_2": dict(
         _SO400M, layers=26, act="gelu", position="bicubic_antialias", side=27

@@ -1,0 +1,237 @@
+"""From a picture or a video to views, units of the connector and their place in the sequence.
+
+    show = Show(PictureConfig(strategy=({"name": "square", "side": 336},)), form)
+    seen = show([image], video=False, alone=True)
+
+What the model is made of comes with its `batch.Form`; which views it gets and how their tokens are
+arranged is data: strategies (`data.strategies`), units (`data.units`), formats (`data.arrange`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from vlmjax import batch
+from vlmjax.data import units
+from vlmjax.data.arrange import Arrangement, Format, arrange
+from vlmjax.data.chat import VISUAL
+from vlmjax.data.coords import COORDS
+from vlmjax.data.resize import patch_rows
+from vlmjax.data.sample import Item, Placement, group_bases, number_tokens
+from vlmjax.data.strategies import Plan, strategy
+from vlmjax.data.views import Tiling, render
+
+RESAMPLE = {
+    "none": lambda m: units.unpooled(m),
+    "area": units.area,
+    "bilinear": units.bilinear,
+    **{f"pool_{name}": pool for name, pool in units.POOLS.items()},
+}
+
+
+@dataclass(frozen=True)
+class PictureConfig:
+    """Which views pictures get and how their tokens come in sequence.
+
+    Attributes:
+      strategy: for an image alone in its sample, settings of `strategies.strategy` with its name;
+        one for each encoder.
+      several: for each of several images; () = as for one alone.
+      frame: for each frame of a video; () = as for several images.
+      stitch: "none", or "tiles": tiles that continue each other are one map before the connector.
+      resample: for each source, what becomes of the features of a map before the connector (which
+        has reduce="weighted"): () or (a key of `RESAMPLE`, its argument), such as
+        ("area", (27, 27)).
+      frame_resample: the same for frames; () = as for images.
+      format, frame_format: settings of `arrange.Format` for images and for videos.
+    """
+
+    strategy: tuple
+    several: tuple = ()
+    frame: tuple = ()
+    stitch: str = "none"
+    resample: tuple = ()
+    frame_resample: tuple = ()
+    format: tuple = ()
+    frame_format: tuple = ()
+
+    def __post_init__(self):
+        if self.stitch not in ("none", "tiles"):
+            raise ValueError(f"stitch is {self.stitch!r}: use 'none' or 'tiles'")
+        for op in (*self.resample, *self.frame_resample):
+            if op and op[0] not in RESAMPLE:
+                raise ValueError(f"resample has {op}: use one of {sorted(RESAMPLE)}, or ()")
+
+
+class Seen(NamedTuple):
+    """A picture or a video: its views, the units of each source, and what stands for it."""
+
+    items: list[Item]
+    units: list[units.Units]
+    arrangement: Arrangement
+
+
+class Show:
+    """Makes `Seen` of pictures for one model."""
+
+    def __init__(self, config: PictureConfig, form: batch.Form):
+        self.config, self.form = config, form
+        plan = (config.strategy, config.several, config.frame)
+        self.plan = Plan(*(tuple(strategy(**dict(s)) for s in chosen) for chosen in plan))
+        if len(self.plan.image) != len(form.towers):
+            raise ValueError(
+                f"{len(self.plan.image)} strategies for {len(form.towers)} encoders: give one each"
+            )
+        names = dict(specials=form.specials)
+        self.format = Format(**dict(config.format) | names)
+        self.frame_format = Format(**dict(config.frame_format or config.format) | names)
+
+    def __call__(self, frames: Sequence[Image.Image], *, video: bool, images: int) -> Seen:
+        """Returns what the model sees of an image (one frame) or a video.
+
+        Args:
+          frames: RGB images.
+          video: whether they are frames of a video.
+          images: number of images in the sample, those of videos not counted.
+        """
+        tilings, items = [], [[] for _ in self.form.towers]
+        for image in frames:
+            chosen = self.plan(image.width, image.height, images=images, video=video)
+            tilings.append(chosen)
+            for encoder, tiling in enumerate(chosen):
+                views = render(image, tiling)
+                items[encoder] += [self._item(encoder, view) for view in views]
+        found = [self._units(k, [t[e] for t in tilings], items[e], video) for k, e in self._sources]
+        grids = sum((found[sources[0]].grids for sources, _ in self.form.groups), ())
+        form = self.frame_format if video else self.format
+        tiling = None if form.layout == "frames" else tilings[0][0]
+        return Seen(sum(items, []), found, arrange(tiling, grids, form))
+
+    @property
+    def _sources(self):
+        return enumerate(self.form.encoders)
+
+    def _item(self, encoder, view):
+        tower = self.form.towers[encoder]
+        h, w = (n // tower.patch for n in view.shape[:2])
+        pixels = np.ascontiguousarray(view[: h * tower.patch, : w * tower.patch])
+        rows = patch_rows(Image.fromarray(pixels), pixels.shape[:2], tower.patch, 1)
+        if tower.position == "table" and not tower.side:
+            raise ValueError(f"encoder {encoder} has a position table without a side")
+        return Item(
+            rows,
+            (h, w),
+            1,
+            np.ones(h * w, bool),
+            encoder=encoder,
+            prefix=tower.prefix,
+            coords=COORDS[tower.position]((h, w), tower.side),
+            out=tower.out and tower.out[0] * tower.out[1],
+        )
+
+    def _units(self, source, tilings: list[Tiling], items, video):
+        """Returns the units of a source; their index counts the output slots of these items."""
+        form, config = self.form, self.config
+        tower = form.towers[form.encoders[source]]
+        maps = units.view_maps([tower.out or item.grid for item in items], tower.prefix)
+        if config.stitch == "tiles":
+            maps = units.stitch_groups(maps, [group for t in tilings for group in t.maps])
+        if len(form.groups) > 1 or form.encoders.count(form.encoders[source]) > 1:
+            maps = maps[form.encoders[:source].count(form.encoders[source])][None]
+        resample = (config.frame_resample if video else ()) or config.resample
+        rule = dict(tokens=dict_tokens(form)[source], size=tilings[0].size)
+        if not form.weighted:
+            return units.by_rule(form.unit, maps, **rule)
+        op = resample[source] if resample else ()
+        inner = units.join(RESAMPLE[op[0]](m, *op[1:]) if op else units.unpooled(m) for m in maps)
+        outer = units.by_rule(form.unit, units.view_maps(inner.grids), **rule)
+        return compose(outer, inner)
+
+
+def dict_tokens(form):
+    """Returns {source: tokens of a unit}."""
+    return {k: tokens for sources, tokens in form.groups for k in sources}
+
+
+def compose(outer: units.Units, inner: units.Units) -> units.Units:
+    """Returns units whose places are units: G of `outer` times G of `inner`, place after place."""
+    there = outer.index >= 0
+    index = np.where(there[..., None], inner.index[outer.index], -1)
+    weights = np.where(index >= 0, inner.weights[outer.index], 0).astype(np.float32)
+    flat = (len(index), -1)
+    return outer._replace(index=index.reshape(flat), weights=weights.reshape(flat))
+
+
+def place(seen: Sequence[Seen], encoded, form: batch.Form) -> Placement:
+    """Returns the `Placement` of a sample.
+
+    Args:
+      seen: its pictures and videos in reading order.
+      encoded: a `chat.Encoded` whose visual entries count the tokens of each of them.
+      form: of the model.
+    """
+    slots = np.zeros(len(form.towers), np.int64)
+    first = np.zeros(len(form.encoders), np.int64)
+    counts = np.array([[len(u.index) for u in s.units] for s in seen])
+    bases = group_bases(form, counts.sum(0))
+    made, pools, tables, pooled = [[] for _ in form.encoders], [], [], 0
+    for s, here in zip(seen, counts, strict=True):
+        for k, u in enumerate(s.units):
+            made[k].append(units.shifted(u, slots[form.encoders[k]]))
+        table, first = number_tokens(form, here, first, bases), first + here
+        if form.pool != "none":
+            pool = s.arrangement.pool or units.unpooled(np.arange(len(table))[None])
+            pools.append(pool._replace(index=np.where(pool.index >= 0, table[pool.index], -1)))
+            table, pooled = pooled + np.arange(len(pool.index)), pooled + len(pool.index)
+        tables.append(table)
+        for item in s.items:
+            slots[item.encoder] += item.num_out
+    source = np.full(len(encoded.tokens), -1, np.int64)
+    steps = np.ones(len(source), np.int64)
+    for number, (s, table) in enumerate(zip(seen, tables, strict=True)):
+        at = np.flatnonzero(encoded.picture == number)
+        entry = encoded.entry[at]
+        source[at] = np.where(entry >= 0, table[np.maximum(entry, 0)], entry - 1)
+        if s.arrangement.steps is not None:
+            steps[at] = s.arrangement.steps
+    return Placement(
+        units=tuple(_batch_units(units.join(parts)) for parts in made),
+        source=source.astype(np.int32),
+        pool=_batch_units(units.join(pools)) if pools else None,
+        positions=(np.cumsum(steps) - 1).astype(np.int32),
+        routed=ROUTED[form.routed](encoded, source, sum(map(len, tables))),
+    )
+
+
+def _batch_units(u: units.Units) -> batch.Units:
+    return batch.Units(units.coded(u), u.weights, u.sizes)
+
+
+def _expert(encoded, source, number):
+    """All slots of each picture but the last (boi and patches, not eoi): CogVLM's rule."""
+    following = np.append(encoded.picture[1:], -1)
+    return np.flatnonzero((encoded.picture >= 0) & (following == encoded.picture)).astype(np.int32)
+
+
+def _queries(encoded, source, number):
+    """The slot of each visual token, -1 where it has none."""
+    slots = np.full(number, -1, np.int32)
+    shown = np.flatnonzero(source >= 0)
+    slots[source[shown]] = shown
+    return slots
+
+
+ROUTED = {"none": lambda *_: None, "expert": _expert, "queries": _queries}
+
+
+def pieces(arrangement: Arrangement) -> list:
+    """Returns the pieces for `chat.encode`, numbered through the picture."""
+    return [(p.kind, p.value) for p in arrangement.pieces]
+
+
+__all__ = ["VISUAL", "PictureConfig", "Seen", "Show", "pieces", "place"]
