@@ -259,7 +259,9 @@ def empty_batch(rows, budget, form):
         source=none(t),
         patches=tuple(
             Patches(
-                zeros(p, 3 * tower.patch**2, dtype=np.uint8), zeros(p), zeros(p, 2, dtype=np.float32)
+                zeros(p, 3 * tower.patch**2, dtype=np.uint8),
+                zeros(p),
+                zeros(p, 2, dtype=np.float32),
             )
             for p, tower in zip(budget.patches, form.towers, strict=True)
         ),

@@ -265,7 +265,7 @@ def make_data(run):
         open_source(spec, run.data.media_root, run.train.seed) for spec, _ in run.data.sources
     ]
     weights = [weight for _, weight in run.data.sources]
-    processor = Processor(run.processor, make_tokenizer(run.data.tokenizer))
+    processor = Processor(run.processor, make_tokenizer(run.data.tokenizer), run.model.form)
     return Mixture(sources, weights, run.train.seed), processor
 
 

@@ -19,7 +19,6 @@ from PIL import Image
 from vlmjax import batch
 from vlmjax.data import units
 from vlmjax.data.arrange import Arrangement, Format, arrange
-from vlmjax.data.chat import VISUAL
 from vlmjax.data.coords import COORDS
 from vlmjax.data.resize import patch_rows
 from vlmjax.data.sample import Item, Placement, group_bases, number_tokens
@@ -106,23 +105,20 @@ class Show:
             for encoder, tiling in enumerate(chosen):
                 views = render(image, tiling)
                 items[encoder] += [self._item(encoder, view) for view in views]
-        found = [self._units(k, [t[e] for t in tilings], items[e], video) for k, e in self._sources]
+        found = [
+            self._units(k, [t[e] for t in tilings], items[e], video)
+            for k, e in enumerate(self.form.encoders)
+        ]
         grids = sum((found[sources[0]].grids for sources, _ in self.form.groups), ())
         form = self.frame_format if video else self.format
         tiling = None if form.layout == "frames" else tilings[0][0]
         return Seen(sum(items, []), found, arrange(tiling, grids, form))
-
-    @property
-    def _sources(self):
-        return enumerate(self.form.encoders)
 
     def _item(self, encoder, view):
         tower = self.form.towers[encoder]
         h, w = (n // tower.patch for n in view.shape[:2])
         pixels = np.ascontiguousarray(view[: h * tower.patch, : w * tower.patch])
         rows = patch_rows(Image.fromarray(pixels), pixels.shape[:2], tower.patch, 1)
-        if tower.position == "table" and not tower.side:
-            raise ValueError(f"encoder {encoder} has a position table without a side")
         return Item(
             rows,
             (h, w),
@@ -141,21 +137,16 @@ class Show:
         maps = units.view_maps([tower.out or item.grid for item in items], tower.prefix)
         if config.stitch == "tiles":
             maps = units.stitch_groups(maps, [group for t in tilings for group in t.maps])
-        if len(form.groups) > 1 or form.encoders.count(form.encoders[source]) > 1:
-            maps = maps[form.encoders[:source].count(form.encoders[source])][None]
+        encoder, tokens = form.encoders[source], {k: n for ks, n in form.groups for k in ks}
+        maps = maps[form.encoders[:source].count(encoder) :: form.encoders.count(encoder)]
         resample = (config.frame_resample if video else ()) or config.resample
-        rule = dict(tokens=dict_tokens(form)[source], size=tilings[0].size)
+        rule = dict(tokens=tokens[source], size=tilings[0].size)
         if not form.weighted:
             return units.by_rule(form.unit, maps, **rule)
         op = resample[source] if resample else ()
         inner = units.join(RESAMPLE[op[0]](m, *op[1:]) if op else units.unpooled(m) for m in maps)
         outer = units.by_rule(form.unit, units.view_maps(inner.grids), **rule)
         return compose(outer, inner)
-
-
-def dict_tokens(form):
-    """Returns {source: tokens of a unit}."""
-    return {k: tokens for sources, tokens in form.groups for k in sources}
 
 
 def compose(outer: units.Units, inner: units.Units) -> units.Units:
@@ -227,11 +218,3 @@ def _queries(encoded, source, number):
 
 
 ROUTED = {"none": lambda *_: None, "expert": _expert, "queries": _queries}
-
-
-def pieces(arrangement: Arrangement) -> list:
-    """Returns the pieces for `chat.encode`, numbered through the picture."""
-    return [(p.kind, p.value) for p in arrangement.pieces]
-
-
-__all__ = ["VISUAL", "PictureConfig", "Seen", "Show", "pieces", "place"]

@@ -16,11 +16,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vlmjax.batch import Form
 from vlmjax.data import chat, diffp
 from vlmjax.data.media import Medium, gather
+from vlmjax.data.picture import PictureConfig, Show, place
 from vlmjax.data.resize import RULES, Clip, patch_rows
 from vlmjax.data.sample import PRUNE, Item, Sample
 from vlmjax.data.sampling import SAMPLERS
+from vlmjax.data.templates import TEMPLATES
 from vlmjax.data.tokenizer import Tokenizer
 
 
@@ -44,6 +47,9 @@ class ProcessorConfig:
       resize: "videollama3" or "transformers".
       max_stream_frames: most frames of a stream.
       max_length: most tokens of a sample.
+      template: of conversations, a key of `templates.TEMPLATES`.
+      picture: settings of a `picture.PictureConfig` for models that do not see pictures in native
+        size; merge sizes, budgets of visual tokens, resizing and DiffFP above do not count then.
     """
 
     patch: int = 14
@@ -63,9 +69,12 @@ class ProcessorConfig:
     resize: str = "videollama3"
     max_stream_frames: int = 400
     max_length: int = 32768
+    template: str = "videollama3"
+    picture: dict | None = None
 
     def __post_init__(self):
         choices = ("resize", RULES), ("frame_sampling", SAMPLERS), ("prune", PRUNE)
+        choices += (("template", TEMPLATES),)
         for name, known in choices:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: use one of {sorted(known)}")
@@ -88,11 +97,21 @@ class ProcessorConfig:
 class Processor:
     """Turns records into samples; stateless but for the tokenizer's cache."""
 
-    def __init__(self, config: ProcessorConfig, tokenizer: Tokenizer):
-        self.config = config
-        self.tokenizer = tokenizer
-        for token in ("<|im_start|>", "<|im_end|>"):
-            tokenizer.id(token)
+    def __init__(self, config: ProcessorConfig, tokenizer: Tokenizer, form: Form | None = None):
+        """Makes it; `form`, that of the model, is needed where the config has `picture`."""
+        self.config, self.tokenizer, self.form = config, tokenizer, form
+        self.template = TEMPLATES[config.template]
+        for token in self.template.controls:
+            if not token.startswith("<|stream"):
+                tokenizer.id(token)
+        self.show = None
+        if config.picture is not None:
+            if self.template.video != "whole":
+                raise ValueError(
+                    f"the template {config.template!r} shows the frames of videos one by one, which "
+                    "is for pictures in native size: remove `picture` or choose another template"
+                )
+            self.show = Show(PictureConfig(**dict(config.picture)), form)
 
     def __call__(self, record: dict) -> Sample:
         """Returns the sample of a record {"id", "messages", ...}, answers trained."""
@@ -122,26 +141,49 @@ class Processor:
             fps=config.fps,
             sampling=config.frame_sampling,
         )
+        if self.show is not None:
+            return self._shown(messages, media, name, generation)
         sizes = self.sizes(media)
         frames = [self._items(medium, size) for medium, size in zip(media, sizes, strict=True)]
         items = tuple(frames[medium][frame] for medium, frame in slots)
-        tokens, labels, visual = chat.encode(
+        pictures = [int(np.count_nonzero(item.keep)) for item in items]
+        encoded = self.encode(messages, pictures, seed=name, generation=generation)
+        self._check_length(name, encoded)
+        return Sample(name, encoded.tokens, encoded.labels, items, encoded.visual)
+
+    def _shown(self, messages, media, name, generation):
+        """Returns the sample of messages whose pictures are seen as the config's `picture` says."""
+        images = sum(not m.is_video for m in media)
+        seen = [self.show(list(m.frames()), video=m.is_video, images=images) for m in media]
+        pieces = [s.arrangement.pieces for s in seen]
+        encoded = self.encode(messages, pieces, seed=name, generation=generation)
+        self._check_length(name, encoded)
+        items = tuple(item for s in seen for item in s.items)
+        placement = place(seen, encoded, self.form) if seen else None
+        return Sample(name, encoded.tokens, encoded.labels, items, encoded.visual, placement)
+
+    def encode(self, messages, pictures, seed, generation=False) -> chat.Encoded:
+        """Returns checked messages as tokens, see `chat.encode`."""
+        return chat.encode(
             messages,
-            [int(np.count_nonzero(item.keep)) for item in items],
+            pictures,
             self.tokenizer,
-            image_token=config.image_token,
-            video_token=config.video_token,
-            seed=name,
+            image_token=self.config.image_token,
+            video_token=self.config.video_token,
+            seed=seed,
             generation=generation,
+            template=self.template,
         )
-        if len(tokens) > config.max_length:
+
+    def _check_length(self, name, encoded):
+        config, visual = self.config, int(encoded.visual.sum())
+        if len(encoded.tokens) > config.max_length:
             raise ValueError(
-                f"record {name!r} has {len(tokens)} tokens ({np.count_nonzero(visual)} visual), "
+                f"record {name!r} has {len(encoded.tokens)} tokens ({visual} visual), "
                 "max_length is "
                 f"{config.max_length}: shorten it, lower max_visual_tokens or max_frames, or "
                 "raise max_length"
             )
-        return Sample(name, tokens, labels, items, visual)
 
     def _merge(self, medium: Medium) -> int:
         return self.config.video_merge if medium.is_video else self.config.image_merge

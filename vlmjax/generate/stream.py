@@ -202,14 +202,8 @@ class Stream:
         """Returns the `Sample` of one message, as it is in the whole conversation."""
         config, items = self.processor.config, () if item is None else (item,)
         chat.check_messages([message])
-        encoded = chat.encode(
-            [message],
-            [int(np.count_nonzero(i.keep)) for i in items],
-            self.tokenizer,
-            image_token=config.image_token,
-            video_token=config.video_token,
-            seed=None,
-        )
+        pictures = [int(np.count_nonzero(i.keep)) for i in items]
+        encoded = self.processor.encode([message], pictures, seed=None)
         return Sample("stream", encoded.tokens, encoded.labels, items, encoded.visual)
 
     def _append(self, sample):
