@@ -102,9 +102,8 @@ def test_video_encoded_whole_equals_frame_by_frame():
     for frame in video.items:
         n = int(frame.keep.sum())
         alone = Sample("f", video.tokens[:n], video.labels[:n], (frame,), np.ones(n, bool))
-        out = np.asarray(encode(model()[1], pack([[alone]], budget, Form((TowerForm(4),)))[0]))[
-            0, :n
-        ]
+        batch, _ = pack([[alone]], budget, Form((TowerForm(4),)))
+        out = np.asarray(encode(model()[1], batch))[0, :n]
         np.testing.assert_allclose(whole[at : at + n], out, atol=1e-5 * np.abs(out).max())
         at += n
 

@@ -108,8 +108,8 @@ class Processor:
         if config.picture is not None:
             if self.template.video != "whole":
                 raise ValueError(
-                    f"the template {config.template!r} shows the frames of videos one by one, which "
-                    "is for pictures in native size: remove `picture` or choose another template"
+                    f"the template {config.template!r} shows the frames of videos one by one, as "
+                    "pictures in native size are: remove `picture` or choose another template"
                 )
             self.show = Show(PictureConfig(**dict(config.picture)), form)
 

@@ -18,8 +18,6 @@ from vlmjax.generate.sampling import SamplingConfig
 from vlmjax.generate.stream import Stream
 from vlmjax.nn import unflatten
 
-STOPS = ("<|im_end|>", "<|endoftext|>")
-
 
 class Chat:
     """A model with its tokenizer and processor.
@@ -48,7 +46,8 @@ class Chat:
         self.generator = Generator(config, params, rows, self.max_length)
         self.config, self.params = config, self.generator.params
         self.processor, self.tokenizer = processor, processor.tokenizer
-        self.stop_ids = [self.tokenizer.id(t) for t in STOPS if self.tokenizer.has(t)]
+        stops = processor.template.stops
+        self.stop_ids = [self.tokenizer.id(t) for t in stops if self.tokenizer.has(t)]
 
     @classmethod
     def from_pretrained(cls, hf_dir, dtype=None):
@@ -63,7 +62,8 @@ class Chat:
         stored = str(params["llm"]["embed"]["embedding"].dtype)
         kind = "bfloat16" if stored == "bfloat16" else "float32"
         compute = dataclasses.replace(config.compute, dtype=kind)
-        processor = Processor(*reversed(hf.load_processor(hf_dir)))
+        tokenizer, settings = hf.load_processor(hf_dir)
+        processor = Processor(settings, tokenizer, config.form)
         config = dataclasses.replace(config, compute=compute)
         return cls(config, params, processor, hf.read_max_position(hf_dir))
 
@@ -85,7 +85,8 @@ class Chat:
             config = ConfigDict(json.loads(file.read_text()))
         run = build.resolve(config)
         params, _ = checkpoint.restore_params(workdir)
-        processor = Processor(run.processor, build.make_tokenizer(run.data.tokenizer))
+        tokenizer = build.make_tokenizer(run.data.tokenizer)
+        processor = Processor(run.processor, tokenizer, run.model.form)
         return cls(run.model, unflatten(params), processor, rows=rows)
 
     def logits(self, messages):

@@ -200,7 +200,7 @@ class Stream:
 
     def _sample(self, message, item=None):
         """Returns the `Sample` of one message, as it is in the whole conversation."""
-        config, items = self.processor.config, () if item is None else (item,)
+        items = () if item is None else (item,)
         chat.check_messages([message])
         pictures = [int(np.count_nonzero(i.keep)) for i in items]
         encoded = self.processor.encode([message], pictures, seed=None)

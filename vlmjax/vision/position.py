@@ -13,8 +13,8 @@ def sample(table, how, segments, coords):
 
     Args:
       table: f32[side * side, D] in reading order, or with a row more in front for class tokens.
-      how: "table" and "bucket": a row of the table at whole coordinates; "bicubic": as torch resizes the table,
-        align_corners=False; "bicubic_antialias": with its antialias=True.
+      how: "table" and "bucket": a row of the table at whole coordinates; "bicubic": as torch
+        resizes the table, align_corners=False; "bicubic_antialias": with its antialias=True.
       segments, coords: of a `batch.Patches`.
     """
     side = math.isqrt(len(table))
