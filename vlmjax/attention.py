@@ -37,10 +37,9 @@ class Attention(nnx.Module):
         self.v = Dense((width,), kv, ("embed",), ("kv_heads", "head_dim"), rngs=rngs, bias=qkv_bias)
         axes = ("heads", "head_dim"), ("embed",)
         self.o = Dense(q, (width,), *axes, rngs=rngs, bias=o_bias, scale=out_scale)
-        self.q_norm = self.k_norm = None
-        if qk_norm_eps is not None:
-            self.q_norm = RMSNorm(heads * head_dim, qk_norm_eps, rngs=rngs)
-            self.k_norm = RMSNorm(kv_heads * head_dim, qk_norm_eps, rngs=rngs)
+        normed, sizes = qk_norm_eps is not None, (heads * head_dim, kv_heads * head_dim)
+        self.q_norm = RMSNorm(sizes[0], qk_norm_eps, rngs=rngs) if normed else None
+        self.k_norm = RMSNorm(sizes[1], qk_norm_eps, rngs=rngs) if normed else None
 
     def __call__(self, x, attend, cache=None):
         """Returns ([B, T, D], what `attend` keeps).
