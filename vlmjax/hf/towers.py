@@ -4,6 +4,9 @@ A table may have more rows than one tower has leaves (biases, layer scales, regi
 those of a configuration and refuses leaves without one. Keys are relative to the tower.
 """
 
+import dataclasses
+import re
+
 import jax
 from flax import nnx
 
@@ -145,8 +148,8 @@ TABLES = {
     "eva2": EVA2,
     "timm": TIMM,
 }
-# What towers hold and features do not need, beside blocks behind the features and a final norm.
-DROPPED = (r"embeddings\.position_ids", r"embeddings\.mask_token", r"head\..*", r"attn_pool\..*")
+# What towers hold beside: pooling heads, and what serves training only.
+DROPPED = r"embeddings\.position_ids|embeddings\.mask_token|(head|attn_pool|pooler)\..*"
 
 
 def rows(
@@ -179,6 +182,16 @@ def rows(
             "of that tower, or the fields of the tower of that layout"
         )
     return made
+
+
+def unused(cfg: ViTConfig | ConvNeXtConfig, layout: str, key: str) -> bool:
+    """Whether a key of a tower is known and not needed: its heads, blocks behind the features."""
+    if re.fullmatch(DROPPED, key):
+        return True
+    if layout == "convnext" or cfg.features == "last":
+        return False
+    whole = dataclasses.replace(cfg, features="last")
+    return any(key in row.keys for row in rows(whole, layout))
 
 
 def _shapes(cfg) -> dict[str, tuple]:

@@ -135,12 +135,10 @@ class Stage(nnx.Module):
     """A halved grid (but in the first stage), then equal blocks."""
 
     def __init__(self, cfg, i, *, rngs):
-        self.down_norm = self.down = None
-        if i:
-            before = cfg.widths[i - 1]
-            shape = (4 * before,), (cfg.widths[i],), ("patch",), ("embed",)
-            self.down_norm = LayerNorm(before, cfg.eps, rngs=rngs)
-            self.down = Dense(*shape, rngs=rngs)
+        before = cfg.widths[i - 1]
+        shape = (4 * before,), (cfg.widths[i],), ("patch",), ("embed",)
+        self.down_norm = LayerNorm(before, cfg.eps, rngs=rngs) if i else None
+        self.down = Dense(*shape, rngs=rngs) if i else None
         make = lambda rngs: Block(cfg, cfg.widths[i], rngs=rngs)  # noqa: E731
         self.blocks = stack(make, cfg.depths[i], rngs=rngs)
 

@@ -223,10 +223,9 @@ class Block(nnx.Module):
         self.attn = Attention(cfg.width, *heads, **how, **make)
         self.mlp_norm = norm(cfg.width, cfg.eps, rngs=rngs)
         self.mlp = MLP(cfg.width, cfg.mlp, cfg.act, gated=cfg.gated, bias=True, **make)
-        self.attn_scale = self.mlp_scale = None
-        if cfg.layer_scale:
-            self.attn_scale = Scale(cfg.width, cfg.layer_scale, rngs=rngs)
-            self.mlp_scale = Scale(cfg.width, cfg.layer_scale, rngs=rngs)
+        scaled, size = cfg.layer_scale > 0, (cfg.width, cfg.layer_scale)
+        self.attn_scale = Scale(*size, rngs=rngs) if scaled else None
+        self.mlp_scale = Scale(*size, rngs=rngs) if scaled else None
 
     def __call__(self, x, attend):
         x = self.add(x, lambda x: self.attn(x, attend)[0], self.attn_norm, self.attn_scale)
