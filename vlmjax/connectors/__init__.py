@@ -8,7 +8,8 @@ A connector is a frozen config and an nnx module
 with, for each source k (a tower, a scale, a group of units), gathered features x[k] of shape
 [B, U, G_k, C_k] and mask[k] bool[B, U, G_k], True = may be seen. size i32[B, U, 2] are rows and
 columns of a unit, weights[k] f32[B, U, G_k] those of "weighted" sums. A unit with nothing to see
-gives something finite. `module.specials(dtype)` [len(cfg.specials), D] are the learned vectors of token formats.
+gives something finite. `module.specials(dtype)` [len(cfg.specials), D] are the learned vectors of
+token formats.
 The host reads of a config `tokens` (n), `unit` (a `batch.UnitRule`) and `specials` (names).
 """
 

@@ -66,6 +66,12 @@ def sincos(row, column, width):
     return jnp.concatenate([jnp.sin(x), jnp.cos(x), jnp.sin(y), jnp.cos(y)], -1)
 
 
+def sincos_table(number, width):
+    """Returns f32[number, width]: the positions of a square grid in reading order."""
+    side, at = math.isqrt(number), jnp.arange(number)
+    return sincos(at // side, at % side, width)
+
+
 class Resampler(nnx.Module):
     """Maps views to `queries` decoder embeddings each."""
 
@@ -101,8 +107,7 @@ class Resampler(nnx.Module):
         pos = sincos(at // columns, at % columns, values.shape[-1])
         queries = self.q_norm(self.query.embedding[...].astype(x.dtype))
         if self.cfg.query_pos == "sincos":
-            side, at = math.isqrt(self.cfg.queries), jnp.arange(self.cfg.queries)
-            queries = queries + sincos(at // side, at % side, queries.shape[-1]).astype(x.dtype)
+            queries = queries + sincos_table(*queries.shape).astype(x.dtype)
         queries = jnp.broadcast_to(queries, (*x.shape[:2], *queries.shape))
         y = self.attn(queries, values + pos.astype(x.dtype), values, mask)
         return self.out(self.norm(y))
