@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from vlmjax.connectors.mlp import MLPConfig
+from vlmjax.hf.llm_config import TEXT_DEFAULTS, make_llm, need, read_llm, rope_theta
 from vlmjax.llm.decoder import DecoderConfig
 from vlmjax.vision.vit import ViTConfig
 from vlmjax.vlm import VLMConfig
@@ -26,36 +27,6 @@ VISION_DEFAULTS = {
     "layer_norm_eps": 1e-6,
     "attention_dropout": 0.0,
 }
-TEXT_DEFAULTS = {
-    "qwen2": {
-        "vocab_size": 151936,
-        "hidden_size": 4096,
-        "intermediate_size": 22016,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
-        "use_sliding_window": False,
-        "attention_dropout": 0.0,
-    },
-    "llama": {
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": None,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "attention_dropout": 0.0,
-    },
-}
-ROPE_THETA = 10_000.0
 ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 
 
@@ -110,7 +81,7 @@ def _sections(raw: dict, file: Path) -> dict[str, dict]:
             "llm": text | {"tie_word_embeddings": tie},
         }
     if kind == "videollama3_qwen2":
-        _need(raw, file, "mm_projector_type", "mlp2x_gelu")
+        need(raw, file, "mm_projector_type", "mlp2x_gelu")
         if not raw.get("vision_encoder_config"):
             raise ValueError(
                 f"{file} has no vision_encoder_config; sizes of the tower are read from there; "
@@ -138,9 +109,9 @@ def _sections(raw: dict, file: Path) -> dict[str, dict]:
 def _vision(section: dict, file: Path) -> ViTConfig:
     c = VISION_DEFAULTS | section
     if c["hidden_act"] not in ACTIVATIONS:
-        _need(c, file, "hidden_act", " or ".join(ACTIVATIONS))
-    _need(c, file, "num_channels", 3)
-    _need(c, file, "attention_dropout", 0)
+        need(c, file, "hidden_act", " or ".join(ACTIVATIONS))
+    need(c, file, "num_channels", 3)
+    need(c, file, "attention_dropout", 0)
     patch = c["patch_size"]
     if not isinstance(patch, int):
         sides = set(patch)
@@ -158,7 +129,7 @@ def _vision(section: dict, file: Path) -> ViTConfig:
         patch=patch,
         act=ACTIVATIONS[c["hidden_act"]],
         eps=c["layer_norm_eps"],
-        rope_theta=_rope_theta(c, file, kinds=("axial", "default")),
+        rope_theta=rope_theta(c, file, kinds=("axial", "default")),
     )
 
 
@@ -166,60 +137,7 @@ def _connector(section: dict, file: Path) -> MLPConfig:
     return MLPConfig(layers=2)
 
 
-def _llm(section: dict, file: Path) -> DecoderConfig:
-    kind = section["model_type"]
-    if kind not in TEXT_DEFAULTS:
-        _need(section, file, "model_type", " or ".join(TEXT_DEFAULTS))
-    c = TEXT_DEFAULTS[kind] | section
-    _need(c, file, "hidden_act", "silu")
-    _need(c, file, "attention_dropout", 0)
-    if kind == "llama":
-        _need(c, file, "attention_bias", False)
-        _need(c, file, "mlp_bias", False)
-    if c.get("use_sliding_window") or "sliding_attention" in (c.get("layer_types") or ()):
-        raise ValueError(
-            f"{file} turns sliding window attention on; every layer attends fully here; use a "
-            "checkpoint without it"
-        )
-    heads = c["num_attention_heads"]
-    return DecoderConfig(
-        vocab=c["vocab_size"],
-        width=c["hidden_size"],
-        mlp=c["intermediate_size"],
-        layers=c["num_hidden_layers"],
-        heads=heads,
-        kv_heads=c["num_key_value_heads"] or heads,
-        head_dim=c.get("head_dim") or c["hidden_size"] // heads,
-        rope_theta=_rope_theta(c, file, kinds=("default",)),
-        eps=c["rms_norm_eps"],
-        qkv_bias=kind == "qwen2",
-        tie=c["tie_word_embeddings"],
-    )
-
-
-PARSERS = {"vision": _vision, "connector": _connector, "llm": _llm}
-
-
-def _rope_theta(c: dict, file: Path, kinds: tuple[str, ...]) -> float:
-    """The base frequency: in rope_parameters (transformers 5), or beside rope_scaling (4)."""
-    written = [c[name] for name in ("rope_parameters", "rope_scaling") if c.get(name)]
-    rope = {"partial_rotary_factor": c.get("partial_rotary_factor", 1.0)}
-    for part in written:
-        rope |= part | {"rope_type": part.get("rope_type", part.get("type", "default"))}
-        if rope["rope_type"] not in kinds or rope["partial_rotary_factor"] != 1.0:
-            raise ValueError(
-                f"{file} has rope settings {part}; supported are the types {', '.join(kinds)}, "
-                "unscaled, over the whole head; use a checkpoint without rope scaling"
-            )
-    return float(rope.get("rope_theta", c.get("rope_theta", ROPE_THETA)))
-
-
-def _need(c: dict, file: Path, name: str, value):
-    if c.get(name) != value:
-        raise ValueError(
-            f"{file} has {name}={c.get(name)!r}; supported is {value!r}; use a checkpoint with "
-            "that setting"
-        )
+PARSERS = {"vision": _vision, "connector": _connector, "llm": read_llm}
 
 
 def make_config(cfg: VLMConfig, token_ids: dict[str, int], dtype: str, max_position: int) -> dict:
@@ -232,28 +150,7 @@ def make_config(cfg: VLMConfig, token_ids: dict[str, int], dtype: str, max_posit
     """
     v, t = cfg.vision, cfg.llm
     ids = {f"{name}_token_id": token_ids[name] for name in ("bos", "eos", "pad")}
-    text = {
-        "model_type": "qwen2" if t.qkv_bias else "llama",
-        "vocab_size": t.vocab,
-        "hidden_size": t.width,
-        "intermediate_size": t.mlp,
-        "num_hidden_layers": t.layers,
-        "num_attention_heads": t.heads,
-        "num_key_value_heads": t.kv_heads,
-        "head_dim": t.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": max_position,
-        "rms_norm_eps": t.eps,
-        "rope_theta": t.rope_theta,  # for transformers 4
-        "rope_parameters": {"rope_type": "default", "rope_theta": t.rope_theta},
-        "tie_word_embeddings": t.tie,
-        **ids,
-    }
-    text |= (
-        {"use_sliding_window": False}
-        if t.qkv_bias
-        else {"attention_bias": False, "mlp_bias": False}
-    )
+    text = make_llm(t, max_position) | ids
     vision = {
         "model_type": "video_llama_3_vision",
         "hidden_size": v.width,

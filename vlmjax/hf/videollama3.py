@@ -7,6 +7,7 @@ keeps each module, and what a kind holds that we do not use.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from vlmjax.hf.decoders import HEADS, ROTARY, decoder_rows, written_kind
 from vlmjax.hf.table import Row, make_rows
 from vlmjax.vlm import VLMConfig
 
@@ -38,25 +39,6 @@ CONNECTOR = (  # readout.1 is the GELU
     ("dense_1/kernel", "readout.2.weight", "D E -> E D"),
     ("dense_1/bias", "readout.2.bias", "D -> D"),
 )
-LLM = (
-    ("embed/embedding", "embed_tokens.weight", "V D -> V D"),
-    ("blocks/attn_norm/scale", "layers.{}.input_layernorm.weight", "D -> D"),
-    ("blocks/attn/q/kernel", "layers.{}.self_attn.q_proj.weight", "(N H) D -> D N H"),
-    ("blocks/attn/k/kernel", "layers.{}.self_attn.k_proj.weight", "(K H) D -> D K H"),
-    ("blocks/attn/v/kernel", "layers.{}.self_attn.v_proj.weight", "(K H) D -> D K H"),
-    ("blocks/attn/o/kernel", "layers.{}.self_attn.o_proj.weight", "D (N H) -> N H D"),
-    ("blocks/mlp_norm/scale", "layers.{}.post_attention_layernorm.weight", "D -> D"),
-    ("blocks/mlp/gate/kernel", "layers.{}.mlp.gate_proj.weight", "M D -> D M"),
-    ("blocks/mlp/up/kernel", "layers.{}.mlp.up_proj.weight", "M D -> D M"),
-    ("blocks/mlp/down/kernel", "layers.{}.mlp.down_proj.weight", "D M -> M D"),
-    ("norm/scale", "norm.weight", "D -> D"),
-)
-QKV_BIAS = (  # Qwen2 has these, Llama has not
-    ("blocks/attn/q/bias", "layers.{}.self_attn.q_proj.bias", "(N H) -> N H"),
-    ("blocks/attn/k/bias", "layers.{}.self_attn.k_proj.bias", "(K H) -> K H"),
-    ("blocks/attn/v/bias", "layers.{}.self_attn.v_proj.bias", "(K H) -> K H"),
-)
-HEAD = ("head/kernel", "lm_head.weight", "V D -> D V")
 MODULES = ("vision", "connector", "llm")
 
 
@@ -76,8 +58,8 @@ class Layout:
     dropped: tuple[str, ...] = ()
 
     def owner(self, key: str) -> str | None:
-        """The module a key belongs to: the longest prefix wins, lm_head belongs to the decoder."""
-        if key == HEAD[1]:
+        """The module a key belongs to: the longest prefix wins, heads belong to the decoder."""
+        if key in HEADS:
             return "llm" if "llm" in self.prefixes else None
         fits = [(len(p), m) for m, p in self.prefixes.items() if key.startswith(p)]
         return max(fits)[1] if fits else None
@@ -86,8 +68,6 @@ class Layout:
 # The position table goes because 2-D RoPE replaces it, the pooling head and the text tower because
 # nothing here uses them.
 POOLING = (r"embeddings\.position_embedding\.weight", r"embeddings\.position_ids", r"head\..*")
-# A constant that old Llama checkpoints store.
-ROTARY = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 PATCH, EMBED = "embeddings.patch_embedding.weight", "embed_tokens.weight"
 LAYOUTS = {
     "transformers": Layout(
@@ -125,6 +105,7 @@ LAYOUTS = {
     ),
     "siglip_navit": Layout({"vision": ""}, marker=PATCH),
     "decoder": Layout({"llm": "model."}, marker=f"model.{EMBED}", dropped=ROTARY),
+    "internlm2": Layout({"llm": "model."}, marker="model.tok_embeddings.weight", dropped=ROTARY),
 }
 
 
@@ -142,37 +123,42 @@ def find_layout(keys: Iterable[str]) -> str:
     )
 
 
-def rows(cfg: VLMConfig, layout: str, modules: Iterable[str] = MODULES) -> list[Row]:
-    """The table for one configuration in one layout, decoder head included unless it is tied."""
-    if cfg.connector.layers != 2:
+def rows(
+    cfg: VLMConfig, layout: str, modules: Iterable[str] = MODULES, kind: str | None = None
+) -> list[Row]:
+    """The table for one configuration in one layout, decoder head included unless it is tied.
+
+    Args:
+      kind: of the decoder, of `decoders.KINDS`; what transformers writes when absent.
+    """
+    if "connector" in modules and cfg.connector.layers != 2:
         raise ValueError(
             f"the connector has {cfg.connector.layers} layers; the VideoLLaMA3 projector in "
             "checkpoints has exactly 2; "
             "set connector layers=2"
         )
-    tables = {"vision": VISION, "connector": CONNECTOR, "llm": LLM + QKV_BIAS * cfg.llm.qkv_bias}
-    layers = {"vision": cfg.vision.layers, "connector": 0, "llm": cfg.llm.layers}
     made = []
     for module in modules:
-        prefix, sizes = LAYOUTS[layout].prefixes[module], _sizes(cfg, module)
-        made += make_rows(tables[module], sizes, layers[module], f"{module}/", prefix)
-        if module == "llm" and not cfg.llm.tie:
-            made += make_rows((HEAD,), sizes, path="llm/")
+        prefix = LAYOUTS[layout].prefixes[module]
+        if module == "llm":
+            made += decoder_rows(cfg.llm, kind or written_kind(cfg.llm), prefix)
+        elif module == "vision":
+            layers = cfg.vision.layers
+            made += make_rows(VISION, _vision_sizes(cfg), layers, "vision/", prefix)
+        else:
+            sizes = {"I": cfg.vision.width, "D": cfg.llm.width, "E": cfg.llm.width}
+            made += make_rows(CONNECTOR, sizes, path="connector/", key=prefix)
     return made
 
 
-def _sizes(cfg: VLMConfig, module: str) -> dict[str, int]:
-    v, t = cfg.vision, cfg.llm
-    if module == "vision":
-        return {
-            "D": v.width,
-            "M": v.mlp,
-            "N": v.heads,
-            "H": v.width // v.heads,
-            "C": 3,
-            "p": v.patch,
-            "q": v.patch,
-        }
-    if module == "connector":
-        return {"I": v.width, "D": t.width, "E": t.width}
-    return {"V": t.vocab, "D": t.width, "M": t.mlp, "N": t.heads, "K": t.kv_heads, "H": t.head_dim}
+def _vision_sizes(cfg: VLMConfig) -> dict[str, int]:
+    v = cfg.vision
+    return {
+        "D": v.width,
+        "M": v.mlp,
+        "N": v.heads,
+        "H": v.width // v.heads,
+        "C": 3,
+        "p": v.patch,
+        "q": v.patch,
+    }

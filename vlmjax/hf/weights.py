@@ -8,14 +8,30 @@ from pathlib import Path
 import numpy as np
 
 from vlmjax.hf.config import CONFIG, read_config, read_module_config
+from vlmjax.hf.decoders import HEADS, find_kind
 from vlmjax.hf.table import Row, by_key
 from vlmjax.hf.tensors import DTYPES, Tensor, TensorDirectory
-from vlmjax.hf.videollama3 import HEAD, LAYOUTS, MODULES, find_layout, rows
+from vlmjax.hf.videollama3 import LAYOUTS, MODULES, find_layout, rows
 from vlmjax.vlm import VLMConfig
 
 # What the shapes of a checkpoint do not show (a width of 24 may be 2 heads of 12 or 3 of 8);
 # compared with its config.json instead.
-UNSEEN = ("heads", "kv_heads", "head_dim", "rope_theta", "eps", "act")
+UNSEEN = (
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "rope_theta",
+    "eps",
+    "act",
+    "rotary",
+    "rope_short",
+    "rope_long",
+    "rope_attention",
+    "embed_multiplier",
+    "attention_multiplier",
+    "residual_multiplier",
+    "logits_divisor",
+)
 
 
 def load_params(directory, cfg: VLMConfig | None = None, dtype=None) -> dict:
@@ -53,7 +69,8 @@ def _load(directory, cfg: VLMConfig, modules: Iterable[str], dtype) -> dict:
         )
     if (Path(directory) / CONFIG).is_file():
         _check_config(directory, cfg, modules)
-    table = rows(cfg, layout, modules)
+    kind = find_kind(tensors, LAYOUTS[layout].prefixes["llm"]) if "llm" in modules else None
+    table = rows(cfg, layout, modules, kind)
     _check_tensors(tensors, table, layout, modules, cfg)
     params = {}
     for row in table:
@@ -92,8 +109,8 @@ def _check_tensors(
 ):
     shapes = {key: row.stored_shape for row in table for key in row.keys}
     dropped = re.compile("|".join(LAYOUTS[layout].dropped) or r"(?!)")
-    tied_head = cfg.llm.tie and "llm" in modules and HEAD[1] in tensors
-    expected = shapes.keys() | ({HEAD[1]} if tied_head else set())
+    tied_head = {key for key in HEADS if cfg.llm.tie and "llm" in modules and key in tensors}
+    expected = shapes.keys() | tied_head
     foreign = set(LAYOUTS[layout].prefixes) - set(modules)
     missing = [key for key in shapes if key not in tensors]
     unexpected = [
@@ -108,13 +125,13 @@ def _check_tensors(
         for key, shape in shapes.items()
         if key in tensors and tensors.shape(key) != shape
     ]
-    if tied_head:
+    for key in tied_head:
         embedding = tensors.read(
             next(row for row in table if row.path == "llm/embed/embedding").keys[0]
         )
-        if not np.array_equal(tensors.read(HEAD[1]), embedding):
+        if not np.array_equal(tensors.read(key), embedding):
             wrong.append(
-                f"{HEAD[1]} differs from the embedding although the model is tied: set tie=False "
+                f"{key} differs from the embedding although the model is tied: set tie=False "
                 "to use it"
             )
     _fail(

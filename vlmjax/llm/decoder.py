@@ -46,6 +46,7 @@ class DecoderConfig:
         original training and beyond it.
       rope_factors: which of the two is used; the choice holds for the whole run, whatever the
         length of a sample.
+      rope_context: tokens of that original training; only exports name it.
       rope_attention: factor on rotated queries and on rotated keys.
       embed_multiplier: on embedded tokens; not on visual tokens put among them.
       attention_multiplier: on q k^T; 0 = 1 / sqrt(head_dim).
@@ -76,6 +77,7 @@ class DecoderConfig:
     rope_short: tuple[float, ...] = ()
     rope_long: tuple[float, ...] = ()
     rope_factors: str = "none"
+    rope_context: int = 0
     rope_attention: float = 1.0
     embed_multiplier: float = 1.0
     attention_multiplier: float = 0.0
