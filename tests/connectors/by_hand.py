@@ -13,6 +13,7 @@ from flax import nnx
 from vlmjax import nn
 from vlmjax.connectors import CONNECTORS, units
 from vlmjax.hf import connectors as tables
+from vlmjax.hf import table as table_of_keys
 
 GOLDENS = Path(os.environ.get("VLMJAX_GOLDENS", Path(__file__).parents[1] / "goldens"))
 
@@ -49,8 +50,8 @@ def close(ours, theirs, allowed):
 def load(module, layout, weights, key="", **kwargs):
     """The module (abstract or not) with weights of a checkpoint, which must be written back."""
     table = tables.rows(module, layout, key, path="", **kwargs)
-    params = tables.load(table, weights)
-    for name, stored in tables.store(table, params).items():
+    params = table_of_keys.load(table, weights)
+    for name, stored in table_of_keys.store(table, params).items():
         if name == "pos_emb" or name.endswith(".pos_emb"):
             stored[:, 0] = weights[name][:, 0]  # the row that nothing reads
         np.testing.assert_array_equal(stored, weights[name])

@@ -34,6 +34,7 @@ from vlmjax.connectors.c_abstractor import bicubic, resample
 from vlmjax.connectors.resampler import sincos
 from vlmjax.connectors.sva import SVABlock
 from vlmjax.hf import connectors as tables
+from vlmjax.hf import table as table_of_keys
 from vlmjax.nn import bind, flatten, unbind
 
 VILA = {
@@ -317,7 +318,7 @@ def _check_block(golden, cfg, sources):
     shapes = {p: x.shape for p, x in flatten(params).items()}
     table = tables.block_rows(entries, shapes, "vision_sampler_layers.{}.layers.0.", "")
     assert {row.path: row.shape for row in table} == shapes
-    params = tables.load(table, golden.weights)
+    params = table_of_keys.load(table, golden.weights)
     block = bind(graphdef, jax.tree.map(lambda p: jnp.asarray(p[0]), params))
     ours, x = golden["in/hidden"].copy(), golden["in/hidden"]
     queries = np.zeros((3, 1, cfg.tokens, width), np.float32)

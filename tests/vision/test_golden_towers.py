@@ -11,6 +11,7 @@ import pytest
 from views import error, features, golden, pack, tower, view, weights
 
 from vlmjax.hf import towers
+from vlmjax.hf.table import load, store
 from vlmjax.vision.convnext import ConvNeXtConfig
 from vlmjax.vision.vit import PRESETS, ViTConfig
 
@@ -184,7 +185,7 @@ def test_tables_read_and_write_the_same_tensors(case):
     cfg = config(preset, meta["config"].get("vision", meta["config"]))
     tensors, table = weights(z, prefix), towers.rows(cfg, layout)
     assert all(tensors[key].shape == row.stored_shape for row in table for key in row.keys)
-    back = towers.store(table, towers.load(table, tensors))
+    back = store(table, load(table, tensors))
     assert {key.split(".")[0] for key in tensors.keys() - back.keys()} == STORED[case]
     for key, x in back.items():
         np.testing.assert_array_equal(x, tensors[key])

@@ -11,6 +11,7 @@ from flax import nnx
 
 from vlmjax.batch import Patches
 from vlmjax.hf import towers
+from vlmjax.hf.table import load
 from vlmjax.kernels.attention.api import AttentionSpec
 from vlmjax.nn import bind, unbind
 from vlmjax.vision.convnext import ConvNeXt, ConvNeXtConfig
@@ -41,7 +42,7 @@ def tower(cfg, layout, tensors, prefix=""):
         return params
 
     jax.eval_shape(shapes)
-    params = towers.load(towers.rows(cfg, layout, prefix), tensors)["vision"]
+    params = load(towers.rows(cfg, layout, prefix), tensors)["vision"]
     return bind(made["graphdef"], jax.tree.map(jnp.asarray, params))
 
 

@@ -5,7 +5,7 @@ An entry without a path is what the checkpoint holds and nothing reads: zeros wh
 The sizes of axis letters come from our leaves; layers may be counted from any number in any step.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import jax
 import numpy as np
@@ -13,8 +13,8 @@ from flax import nnx
 
 from vlmjax.connectors import CONNECTORS
 from vlmjax.connectors.resampler import sincos_table
-from vlmjax.hf.table import Row, by_key
-from vlmjax.nn import flatten, unbind, unflatten
+from vlmjax.hf.table import Row
+from vlmjax.nn import flatten, unbind
 
 LINEAR, HEADS, MERGE = "D I -> I D", "(N H) D -> D N H", "D (N H) -> N H D"
 
@@ -302,29 +302,6 @@ def _rows(table, shapes, numbers, path, cfg) -> list[Row]:
         keys = tuple(theirs.format(start + step * i) for i in range(count))
         made.append(Row(path + ours if ours else "", keys, stacked, axes, sizes))
     return made
-
-
-def load(table: Iterable[Row], tensors: Mapping[str, np.ndarray]) -> dict:
-    """The parameters of a table from tensors by key: a nested dict of arrays."""
-    leaves = {}
-    for row in table:
-        if row.path:
-            layers = [row.load(tensors[key]) for key in row.keys]
-            leaves[row.path] = np.stack(layers) if row.stacked else layers[0]
-    return unflatten(leaves)
-
-
-def store(table: Iterable[Row], params: Mapping) -> dict[str, np.ndarray]:
-    """The inverse of `load`: tensors by key."""
-    leaves, tensors = flatten(params), {}
-    for key, parts in by_key(table).items():
-        dtype = next(leaves[row.path].dtype for row, _ in parts if row.path)
-        tensors[key] = np.zeros(parts[0][0].stored_shape, dtype)
-        for row, layer in parts:
-            if row.path:
-                leaf = np.asarray(leaves[row.path])
-                row.put(leaf[layer] if row.stacked else leaf, tensors[key])
-    return tensors
 
 
 def constants(cfg, out_width: int) -> dict[str, np.ndarray]:

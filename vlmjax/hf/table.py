@@ -156,26 +156,28 @@ def by_key(rows: Iterable[Row]) -> dict[str, list[tuple[Row, int]]]:
 
 
 def load(table: Iterable[Row], tensors: Mapping[str, np.ndarray]) -> dict:
-    """The parameters of a table from tensors by key: a nested dict of arrays."""
-    return unflatten(
-        {
-            row.path: np.stack([row.load(tensors[key]) for key in row.keys])
-            if row.stacked
-            else row.load(tensors[row.keys[0]])
-            for row in table
-        }
-    )
+    """The parameters of a table from tensors by key: a nested dict of arrays.
+
+    A row without a path is a part of a key that we do not have; `store` writes zeros there.
+    """
+    leaves = {}
+    for row in table:
+        if row.path:
+            layers = [row.load(tensors[key]) for key in row.keys]
+            leaves[row.path] = np.stack(layers) if row.stacked else layers[0]
+    return unflatten(leaves)
 
 
 def store(table: Iterable[Row], params: Mapping) -> dict[str, np.ndarray]:
-    """The inverse of `load`: tensors by key, those of several rows put together."""
+    """The inverse of `load`: tensors by key."""
     leaves, tensors = flatten(params), {}
-    for key, held in by_key(table).items():
-        first = np.asarray(leaves[held[0][0].path])
-        tensors[key] = np.empty(held[0][0].stored_shape, first.dtype)
-        for row, layer in held:
-            leaf = np.asarray(leaves[row.path])
-            row.put(leaf[layer] if row.stacked else leaf, tensors[key])
+    for key, parts in by_key(table).items():
+        dtype = next(leaves[row.path].dtype for row, _ in parts if row.path)
+        tensors[key] = np.zeros(parts[0][0].stored_shape, dtype)
+        for row, layer in parts:
+            if row.path:
+                leaf = np.asarray(leaves[row.path])
+                row.put(leaf[layer] if row.stacked else leaf, tensors[key])
     return tensors
 
 
