@@ -12,11 +12,15 @@ from flax import nnx
 
 from vlmjax import nn
 from vlmjax.attention import packed
+from vlmjax.batch import Budget, empty_batch
+from vlmjax.generate import decode
+from vlmjax.generate.sampling import GREEDY
 from vlmjax.llm import expert
 from vlmjax.llm.decoder import Decoder, DecoderConfig
 from vlmjax.llm.presets import PRESETS
 from vlmjax.rope import angles_1d
 from vlmjax.sharding import Layout
+from vlmjax.vlm import VLM, VLMConfig
 
 PLAIN = DecoderConfig(61, 32, 44, 2, 4, 2, 8)
 CONFIGS = {
@@ -202,6 +206,31 @@ def test_extra_blocks_come_after_their_layers(start, stride, num, place, remat):
     ours, want = grad(params, remat), grad(params, None)
     near = lambda a, b: np.abs(a - b).max() / (np.abs(b).max() + 1e-6)  # noqa: E731
     assert max(jax.tree.leaves(jax.tree.map(near, ours, want))) < 1e-5
+
+
+def test_generation_goes_on_behind_shared_positions():
+    cfg, new = VLMConfig(None, None, PLAIN), 4
+    graphdef, _ = nn.unbind(jax.eval_shape(lambda: VLM(cfg, rngs=nnx.Rngs(0))))
+    params = {"llm": nn.unbind(_decoder(PLAIN))[1]}
+    rng, lengths = np.random.default_rng(0), np.array([7, 5], np.int32)
+    batch = empty_batch(2, Budget(8, 0, 0), 0)
+    batch.tokens[:] = rng.integers(0, 61, (2, 8))
+    for row, n in enumerate(lengths):
+        batch.segments[row, :n] = 1
+        batch.positions[row, :n] = np.maximum(np.arange(n) - 2, 0)
+    after = decode._next_positions(batch, lengths)
+    assert after.tolist() == [5, 3]
+    scores, cache = decode.prefill(graphdef, params, batch, lengths, 8 + new)
+    args = lengths, np.arange(2, dtype=np.int32), np.int32(0), np.array([-5]), np.int32(new)
+    done = decode.decode(
+        graphdef, params, cache, scores, *args, new=new, sampling=GREEDY, positions=after
+    )
+    model = nn.bind(graphdef, params).llm
+    for row, n in enumerate(lengths):
+        tokens = np.concatenate([batch.tokens[row, :n], done.tokens[row]])[None]
+        positions = np.maximum(np.arange(n + new) - 2, 0)[None]
+        full = logits(model, embed(model, tokens), np.ones_like(tokens), positions)
+        assert full[0, n - 1 : -1].argmax(-1).tolist() == done.tokens[row].tolist()
 
 
 def test_impossible_settings_are_refused():

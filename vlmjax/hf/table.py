@@ -85,12 +85,6 @@ class Row:
                 part = part.take(np.argsort(self._halves(axis)), at)
         stored.reshape(self._split())[self._index()] = part
 
-    def store(self, ours: np.ndarray) -> np.ndarray:
-        """The tensor of a key that holds nothing else."""
-        stored = np.empty(self.stored_shape, ours.dtype)
-        self.put(ours, stored)
-        return stored
-
     def _split(self):
         """The shape of a key with every axis of its own."""
         return [_size(axis, self.sizes) for axis in _axes(self.axes.split("->")[0])]

@@ -9,6 +9,9 @@ FLOPs are multiplies and adds (2 for each weight and token) of real slots only, 
              +  2 x layers x heads x head size x sum over samples of n_i^2   (causal: half)
     head     supervised tokens x 2 x width x vocabulary
 
+A token that an expert of the decoder serves goes through its weights instead of those it would go
+through otherwise, which are as many: it is counted once, although both are computed for it.
+
 Each part is counted as often as training needs it: once forward; once more when a gradient has to
 pass through it, to something trained before it or inside it; and once more, weights only, when it
 is trained. The first product of the first trained module needs no gradient of its input and counts
