@@ -96,20 +96,6 @@ class Read(nnx.Module):
         return self.o(attend(heads("q", x)[..., None, :, :], keys, values, mask)[..., 0, :, :])
 
 
-class Joint(nnx.Module):
-    """Maps of a norm of (h + what h reads): one softmax over the windows of all towers."""
-
-    def __init__(self, cfg, width, *, rngs):
-        D = cfg.width
-        self.norm = LayerNorm(D, cfg.eps, rngs=rngs)
-        self.attn = Read(cfg, rngs=rngs)
-        self.up, self.down = _dense(D, D, rngs), _dense(D, width, rngs)
-
-    def __call__(self, h, latents, masks):
-        h = self.norm(h + self.attn(h, latents, masks))
-        return self.down(jax.nn.gelu(self.up(h), approximate=False))
-
-
 class SVABlock(nnx.Module):
     """Queries of any width read every tower and are added to.
 
@@ -125,7 +111,9 @@ class SVABlock(nnx.Module):
         for k, side in enumerate(cfg.windows):
             if side > 1:
                 setattr(self, f"pos_{k}", Table(side**2, D, 1.0, rngs=rngs))
-        self.read = Joint(cfg, width, rngs=rngs)
+        self.attn = Read(cfg, rngs=rngs)
+        self.norm = LayerNorm(D, cfg.eps, rngs=rngs)
+        self.up, self.down = _dense(D, D, rngs), _dense(D, width, rngs)
 
     def __call__(self, x, sources):
         """Returns [B, I, Q, width] of queries [B, I, Q, width] and `Sources`."""
@@ -138,7 +126,8 @@ class SVABlock(nnx.Module):
             for k, (side, latent) in enumerate(zip(self.windows, sources.latents, strict=True))
         ]
         h = self.enter(jnp.concatenate([x, context.astype(x.dtype)], -1))
-        return x + self.read(h, latents, sources.masks)
+        h = self.norm(h + self.attn(h, latents, sources.masks))
+        return x + self.down(jax.nn.gelu(self.up(h), approximate=False))
 
 
 class Tower(nnx.Module):
