@@ -8,10 +8,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from vlmjax import nn
-from vlmjax.connectors import CONNECTORS, units
+from vlmjax.connectors import units
 from vlmjax.hf import connectors as tables
 from vlmjax.hf import table as table_of_keys
 
@@ -64,15 +63,16 @@ def golden_connector(kind, cfg, in_widths, out_width, layout, weights, key="", *
 
 
 def random_connector(kind, cfg, in_widths, out_width):
-    """A connector whose every bias and scale is random too."""
-    module = CONNECTORS[kind][1](cfg, in_widths, out_width, rngs=nnx.Rngs(0))
-    graphdef, params = nn.unbind(module)
+    """A connector whose every weight is random, biases and scales too."""
+    graphdef, shapes = nn.unbind(tables.abstract(kind, cfg, in_widths, out_width))
     rng = np.random.default_rng(1)
 
-    def draw(x):
-        return x + 0.1 * rng.normal(size=x.shape).astype(np.float32)
+    def draw(path, x):
+        value = 0.2 * rng.normal(size=x.shape).astype(np.float32)
+        return jnp.asarray(1 + value if path.endswith("scale") else value)
 
-    return nn.bind(graphdef, jax.tree.map(draw, params))
+    flat = nn.flatten(shapes)
+    return nn.bind(graphdef, nn.unflatten({p: draw(p, x) for p, x in flat.items()}))
 
 
 @functools.partial(jax.jit, static_argnames="call")

@@ -1,4 +1,4 @@
-"""Properties of connectors that no golden file covers, and classes of transformers."""
+"""Properties of connectors that no golden file covers."""
 
 import functools
 
@@ -7,18 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from by_hand import close, flat, gather, load, random_connector, run, whole, windows
+from by_hand import close, random_connector, run
 from flax import nnx
-from transformers import (
-    Idefics2Config,
-    InternVLConfig,
-    LlavaConfig,
-    VipLlavaConfig,
-)
-from transformers.models.idefics2.modeling_idefics2 import Idefics2Connector
-from transformers.models.internvl.modeling_internvl import InternVLMultiModalProjector
-from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
-from transformers.models.vipllava.modeling_vipllava import VipLlavaMultiModalProjector
 
 from vlmjax import batch, nn
 from vlmjax.connectors import (
@@ -104,6 +94,19 @@ def test_shapes_and_gradients_with_an_empty_unit(name):
     assert isinstance(hash(cfg), int)
 
 
+@pytest.mark.parametrize("name", sorted({name.split()[0] for name in CASES}))
+def test_parameters_are_drawn(name):
+    """Norms and biases begin as nothing, all others with a deviation of about what they sum."""
+    cfg, in_widths, _ = CASES[name]
+    make = CONNECTORS[name][1]
+    draw = jax.jit(lambda: nn.unbind(make(cfg, in_widths, OUT, rngs=nnx.Rngs(0)))[1])
+    for path, x in nn.flatten(draw()).items():
+        if path.endswith(("scale", "bias")):
+            np.testing.assert_array_equal(x, float(path.endswith("scale")), err_msg=path)
+        else:
+            assert 0.01 < x.std() <= 1.1, path
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_units_do_not_meet(name):
     """A unit gives the same wherever it is, and in bf16 about the same."""
@@ -175,7 +178,7 @@ def test_specials_have_the_size_of_embeddings():
         (lambda: CAbstractorConfig(queries=10), "queries=10"),
         (lambda: ResamplerConfig(queries=10, query_pos="sincos"), "queries=10"),
         (lambda: QFormerConfig(layers=3), "layers=3"),
-        (lambda: SVAConfig(mode="both"), "mode='both'"),
+        (lambda: SVAConfig(heads=7), "heads=7"),
         (lambda: ConvGLUConfig(8, conv="side"), "conv='side'"),
         (lambda: batch.UnitRule("map", order="cell"), "out="),
         (lambda: CONNECTORS["sva"][1](SVAConfig(), (6,), 8, rngs=None), "1 towers"),
@@ -187,75 +190,3 @@ def test_specials_have_the_size_of_embeddings():
 def test_errors_name_what_is_wrong(make, named):
     with pytest.raises(ValueError, match=named):
         make()
-
-
-def _reference(model):
-    """A torch module with every parameter random, and its weights."""
-    generator = torch.Generator().manual_seed(0)
-    for p in model.parameters():
-        p.data.copy_(p.data + 0.2 * torch.randn(p.shape, generator=generator))
-    return model.eval(), {k: v.numpy() for k, v in model.state_dict().items()}
-
-
-def _features(*shape):
-    return np.random.default_rng(3).normal(size=shape).astype(np.float32)
-
-
-def _vit(layers=2):
-    return dict(hidden_size=6, intermediate_size=8, num_hidden_layers=layers, num_attention_heads=2)
-
-
-TEXT = dict(model_type="llama", hidden_size=OUT, intermediate_size=12, num_attention_heads=2)
-
-
-def _load_mlp(cfg, in_widths, layout, weights):
-    return load(tables.abstract("mlp", cfg, in_widths, OUT), layout, weights)
-
-
-def test_llava_against_transformers():
-    vision = dict(model_type="clip_vision_model", **_vit())
-    config = LlavaConfig(vision_config=vision, text_config=TEXT)
-    reference, weights = _reference(LlavaMultiModalProjector(config))
-    module, x = _load_mlp(MLPConfig(), (6,), "llava", weights), _features(2, 5, 6)
-    theirs = reference(torch.tensor(x)).detach().numpy()
-    close(flat(run(module, *((v,) for v in gather(x, windows(1, 5, 1))))), theirs, TOLERANCE)
-
-
-def test_vipllava_against_transformers():
-    """Layers of the tower are sources of the connector."""
-    vision = dict(model_type="clip_vision_model", **_vit())
-    layers = [-2, -5, 3]
-    config = VipLlavaConfig(vision_config=vision, text_config=TEXT, vision_feature_layers=layers)
-    reference, weights = _reference(VipLlavaMultiModalProjector(config))
-    module, x = _load_mlp(MLPConfig(norm="layer"), (6,) * 3, "llava", weights), _features(2, 5, 18)
-    theirs = reference(torch.tensor(x)).detach().numpy()
-    sources = [gather(f, windows(1, 5, 1)) for f in np.split(x, 3, -1)]
-    close(flat(run(module, *zip(*sources, strict=True))), theirs, TOLERANCE)
-
-
-def test_internvl_against_transformers():
-    config = InternVLConfig(vision_config=_vit(), text_config=TEXT)
-    reference, weights = _reference(InternVLMultiModalProjector(config))
-    cfg = MLPConfig(window=2, norm="layer")
-    module, x = _load_mlp(cfg, (6,), "internvl_transformers", weights), _features(2, 4, 6, 6)
-    x, mask = gather(x.reshape(2, 24, 6), windows(4, 6, 2))
-    theirs = reference(torch.tensor(np.asarray(x).reshape(2, 6, 24))).detach().numpy()
-    close(flat(run(module, (x,), (mask,))), theirs, TOLERANCE)
-
-
-def test_perceiver_against_transformers():
-    sizes = dict(resampler_n_latents=3, resampler_depth=2, resampler_n_heads=4)
-    perceiver = dict(hidden_size=OUT, resampler_head_dim=6, num_key_value_heads=2, **sizes)
-    config = Idefics2Config(
-        vision_config=_vit(),
-        text_config=TEXT | dict(model_type="mistral"),
-        perceiver_config=perceiver,
-    )
-    config.perceiver_config._attn_implementation = "eager"
-    reference, weights = _reference(Idefics2Connector(config))
-    cfg = PerceiverConfig(3, 2, 4, 2, 6, hidden=12)
-    module = load(tables.abstract("perceiver", cfg, (6,), OUT), "idefics2", weights)
-    x, (_, mask) = _features(2, 7, 6), gather(_features(2, 7, 6), whole(7))
-    mask = np.asarray(mask) & (np.arange(7) < np.array([7, 4])[:, None, None])
-    theirs = reference(torch.tensor(x), torch.tensor(mask[:, 0])).detach().numpy()
-    close(run(module, (x[:, None],), (mask,))[:, 0], theirs, TOLERANCE)

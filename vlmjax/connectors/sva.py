@@ -27,8 +27,6 @@ class SVAConfig:
       side: rows and columns of the queries of an image.
       windows: side of the window that a query reads, for each tower.
       width: of queries, keys and values.
-      mode: "joint", one softmax over the windows of all towers, or "separate", each tower by itself
-        and a softmax over towers.
       eps: of the norms.
     """
 
@@ -37,7 +35,6 @@ class SVAConfig:
     width: int = 1024
     heads: int = 16
     layers: int = 3
-    mode: str = "joint"
     eps: float = 1e-5
     specials: tuple[str, ...] = ("newline",)
 
@@ -45,10 +42,6 @@ class SVAConfig:
         if self.width % self.heads:
             raise ValueError(
                 f"connector width={self.width} does not divide into heads={self.heads}; change one"
-            )
-        if self.mode not in MODES:
-            raise ValueError(
-                f"connector mode={self.mode!r} is unknown; choose one of {sorted(MODES)}"
             )
 
     @property
@@ -75,54 +68,32 @@ def _dense(fan_in, fan_out, rngs):
 
 
 class Read(nnx.Module):
-    """Attention of each query to the windows of some towers in one softmax; all maps without bias.
+    """Attention of each query to its windows in all towers, in one softmax.
 
-    Every map has a norm in front. `towers` are numbers, which name the parameters.
+    All maps are without bias; those into heads have a norm in front, and each tower its own.
     """
 
-    def __init__(self, cfg, width, towers, *, rngs):
-        self.towers, D = towers, cfg.width
+    def __init__(self, cfg, *, rngs):
+        self.towers, D = len(cfg.windows), cfg.width
         axes = ("embed",), ("heads", "head_dim")
         heads = (cfg.heads, D // cfg.heads)
-        for name, fan_in in self.names(width, D):
-            setattr(self, f"{name}_norm", LayerNorm(fan_in, cfg.eps, rngs=rngs))
-            setattr(self, name, Dense((fan_in,), heads, *axes, rngs=rngs, bias=False))
+        for name in ("q", *(f"{x}_{k}" for k in range(self.towers) for x in "kv")):
+            setattr(self, f"{name}_norm", LayerNorm(D, cfg.eps, rngs=rngs))
+            setattr(self, name, Dense((D,), heads, *axes, rngs=rngs, bias=False))
         self.o = Dense(heads, (D,), axes[1], axes[0], rngs=rngs, bias=False)
 
-    def names(self, width, kv_width):
-        """Returns the (name, input width) of all maps that split into heads."""
-        kv = [(f"{name}_{k}", kv_width) for k in self.towers for name in ("k", "v")]
-        return [("q", width), *kv]
-
     def __call__(self, x, latents, masks):
-        """Returns [..., Q, D] of queries [..., Q, width] and, for each tower, [..., Q, G, C]."""
+        """Returns [..., Q, D] of queries [..., Q, D] and, for each tower, [..., Q, G, D]."""
 
         def heads(name, x):
             return getattr(self, name)(getattr(self, f"{name}_norm")(x))
 
         keys, values = (
-            jnp.concatenate([heads(f"{name}_{k}", latents[k]) for k in self.towers], -3)
-            for name in ("k", "v")
+            jnp.concatenate([heads(f"{x}_{k}", latents[k]) for k in range(self.towers)], -3)
+            for x in "kv"
         )
-        mask = jnp.concatenate([masks[k] for k in self.towers], -1)
+        mask = jnp.concatenate(masks, -1)
         return self.o(attend(heads("q", x)[..., None, :, :], keys, values, mask)[..., 0, :, :])
-
-
-class Joint(nnx.Module):
-    """x + maps of a norm of (h + what h reads), h being queries and context brought together."""
-
-    def __init__(self, cfg, width, *, rngs):
-        D = cfg.width
-        self.norm = LayerNorm(D, cfg.eps, rngs=rngs)
-        self.attn = Read(cfg, D, tuple(range(len(cfg.windows))), rngs=rngs)
-        self.up, self.down = _dense(D, D, rngs), _dense(D, width, rngs)
-
-    def __call__(self, h, latents, masks):
-        h = self.norm(h + self.attn(h, latents, masks))
-        return self.down(jax.nn.gelu(self.up(h), approximate=False))
-
-
-MODES = {"joint": Joint}
 
 
 class SVABlock(nnx.Module):
@@ -140,7 +111,9 @@ class SVABlock(nnx.Module):
         for k, side in enumerate(cfg.windows):
             if side > 1:
                 setattr(self, f"pos_{k}", Table(side**2, D, 1.0, rngs=rngs))
-        self.read = MODES[cfg.mode](cfg, width, rngs=rngs)
+        self.attn = Read(cfg, rngs=rngs)
+        self.norm = LayerNorm(D, cfg.eps, rngs=rngs)
+        self.up, self.down = _dense(D, D, rngs), _dense(D, width, rngs)
 
     def __call__(self, x, sources):
         """Returns [B, I, Q, width] of queries [B, I, Q, width] and `Sources`."""
@@ -153,7 +126,8 @@ class SVABlock(nnx.Module):
             for k, (side, latent) in enumerate(zip(self.windows, sources.latents, strict=True))
         ]
         h = self.enter(jnp.concatenate([x, context.astype(x.dtype)], -1))
-        return x + self.read(h, latents, sources.masks)
+        h = self.norm(h + self.attn(h, latents, sources.masks))
+        return x + self.down(jax.nn.gelu(self.up(h), approximate=False))
 
 
 class Tower(nnx.Module):

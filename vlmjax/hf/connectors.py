@@ -188,10 +188,10 @@ def sva_block(windows):
     entries = [
         ("context/kernel", "proj_context.weight", LINEAR),
         ("enter/kernel", "proj_in.weight", LINEAR),
-        ("read/up/kernel", "proj_out.linear_1.weight", LINEAR),
-        ("read/down/kernel", "proj_out.linear_2.weight", LINEAR),
-        *_both("read/norm", "norm"),
-        ("read/attn/o/kernel", "cross_attn.o_proj.weight", MERGE),
+        ("up/kernel", "proj_out.linear_1.weight", LINEAR),
+        ("down/kernel", "proj_out.linear_2.weight", LINEAR),
+        *_both("norm", "norm"),
+        ("attn/o/kernel", "cross_attn.o_proj.weight", MERGE),
         *_sva_head("q", "q_proj"),
     ]
     for k, side in enumerate(windows):
@@ -202,7 +202,7 @@ def sva_block(windows):
 
 
 def _sva_head(name, key):
-    path = f"read/attn/{name}"
+    path = f"attn/{name}"
     return [
         *_both(f"{path}_norm", f"cross_attn.{key}.0"),
         (f"{path}/kernel", f"cross_attn.{key}.1.weight", HEADS),
