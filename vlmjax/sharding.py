@@ -191,6 +191,20 @@ def map_attention(attend, q, k, v, work, layout):
     return _shard_map(share, (of_q, of_kv, of_kv, of_work), of_q)(q, k, v, work)
 
 
+def map_slots(f, x, *whole, layout):
+    """Returns f(x, *whole) [B, S, ...], each device computing its rows and slots of [B, S, ...].
+
+    Args:
+      f: function that treats every slot alone.
+      whole: arrays that all devices have.
+      layout: a `Layout`.
+    """
+    if not layout.rows:
+        return f(x, *whole)
+    spec = P(layout.rows, layout.slots)
+    return _shard_map(f, (spec, *(P(),) * len(whole)), spec)(x, *whole)
+
+
 def map_tokens(f, *args, weight):
     """Returns f(*args, weight, axis), run shard by shard when a mesh is in use.
 

@@ -26,9 +26,10 @@ patches = Patches(rng.integers(0, 256, (4, P, 48), dtype=np.uint8), segments, co
 small = dict(width=24, mlp=40, layers=2, heads=2, patch=4, side=4)
 towers = {
     name: ViT(ViTConfig(**PRESETS[name] | small | dict(prefix=1)), rngs=nnx.Rngs(0))
-    for name in ("internvit_6b_v1_5", "dinov2_g_14", "dinov2_l_14_reg4")
+    for name in ("internvit_6b_v1_5", "dinov2_l_14_reg4")
 }
-towers["convnext"] = ConvNeXt(ConvNeXtConfig((8, 16), (1, 2), 4, 4, grid=3), rngs=nnx.Rngs(0))
+cfg = ConvNeXtConfig((8, 16), (1, 2), rows=4, columns=4, grid=3, layer_scale=1.0)
+towers["convnext"] = ConvNeXt(cfg, rngs=nnx.Rngs(0))
 for name, tower in towers.items():
     graphdef, params = unbind(tower)
     real = (segments > 0)[..., None] if name != "convnext" else 1
@@ -36,13 +37,14 @@ for name, tower in towers.items():
     def step(params, patches):
         def loss(params):
             out = bind(graphdef, params)(patches, attention=AttentionSpec("blockwise", 8)) * real
-            return (out**2).sum(), out
+            return (out * np.cos(np.arange(out.size)).reshape(out.shape)).sum(), out
 
         (_, out), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return out, grads
 
     want = jax.jit(step)(params, patches)
-    for sizes in ((2, 2, 1, 2), (1, 2, 2, 2)):
+    largest = max(np.abs(x).max() for x in jax.tree.leaves(want))
+    for sizes in ((2, 2, 1, 2), (1, 1, 4, 2)):
         mesh = sharding.make_mesh(*sizes)
         with jax.set_mesh(mesh):
             where = sharding.rows_sharding(mesh)
@@ -50,7 +52,8 @@ for name, tower in towers.items():
             got = jax.jit(step)(params, placed)
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             a, b = np.asarray(a), np.asarray(b)
-            assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max() + 1e-6, (name, sizes, a.shape)
+            most = 1e-5 * np.abs(b).max() + 1e-6 * largest  # that of a bias of keys is 0
+            assert np.abs(a - b).max() <= most, (name, sizes, a.shape)
 """
 
 

@@ -13,7 +13,7 @@ from flax import nnx
 
 from vlmjax.batch import TowerForm
 from vlmjax.nn import MLP, Dense, LayerNorm, Scale, param, scan_layers, stack
-from vlmjax.sharding import layout_of
+from vlmjax.sharding import layout_of, map_slots
 from vlmjax.vision.pixels import CLIP, normalise
 
 
@@ -104,18 +104,23 @@ class DepthwiseConv(nnx.Module):
         self.kernel = param(rngs, (size, size, 1, width), axes, fan_in=size**2)
         self.bias = param(rngs, (width,), ("embed",), "zeros")
 
-    def __call__(self, x):
-        """Returns [..., h, w, D]."""
-        flat, kernel = x.reshape(-1, *x.shape[-3:]), self.kernel[...].astype(x.dtype)
-        y = jax.lax.conv_general_dilated(
-            flat,
-            kernel,
-            (1, 1),
-            "SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=x.shape[-1],
-        )
-        return (y + self.bias[...]).astype(x.dtype).reshape(x.shape)
+    def __call__(self, x, layout):
+        """Returns [B, I, h, w, D]."""
+
+        def convolve(x, kernel):
+            return jax.lax.conv_general_dilated(
+                x.reshape(-1, *x.shape[2:]),
+                kernel.astype(x.dtype),  # here, so that devices add their gradients up in f32
+                (1, 1),
+                "SAME",
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                feature_group_count=x.shape[-1],
+            ).reshape(x.shape)
+
+        # By hand: where B and I are both spread, XLA (jax 0.10.2) adds the gradient of the kernel
+        # up several times.
+        y = map_slots(convolve, x, self.kernel[...], layout=layout)
+        return (y + self.bias[...]).astype(x.dtype)
 
 
 class Block(nnx.Module):
@@ -127,8 +132,8 @@ class Block(nnx.Module):
         self.mlp = MLP(width, cfg.ratio * width, cfg.act, gated=False, bias=True, rngs=rngs)
         self.layer_scale = Scale(width, cfg.layer_scale, rngs=rngs)
 
-    def __call__(self, x):
-        return x + self.layer_scale(self.mlp(self.norm(self.conv(x))))
+    def __call__(self, x, layout):
+        return x + self.layer_scale(self.mlp(self.norm(self.conv(x, layout))))
 
 
 class Stage(nnx.Module):
@@ -151,7 +156,7 @@ class Stage(nnx.Module):
             x = self.down(windows.reshape(B, I, h // 2, w // 2, 4 * D))
 
         def layer(block, x, _):
-            return layout.constrain(block(x)), None
+            return layout.constrain(block(x, layout)), None
 
         return scan_layers(self.blocks, layer, layout.constrain(x), remat=remat)[0]
 

@@ -112,7 +112,7 @@ class ViTConfig:
                 "a place for a class token"
             )
         if self.features != "last" and not (
-            re.fullmatch(r"-[1-9]\d*", self.features) and self.blocks > 0
+            re.fullmatch(r"-[1-9]\d*", str(self.features)) and self.blocks > 0
         ):
             raise ValueError(
                 f"vision features={self.features!r} is unknown; choose 'last', or '-1' to "
