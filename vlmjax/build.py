@@ -10,6 +10,7 @@ from flax import nnx
 from vlmjax import nn, sharding
 from vlmjax.batch import Budget
 from vlmjax.connectors import CONNECTORS
+from vlmjax.data.picture import PictureConfig, Show, row_budget
 from vlmjax.data.processor import Processor, ProcessorConfig
 from vlmjax.data.sources import open_source
 from vlmjax.data.stream import Mixture
@@ -62,7 +63,9 @@ class DataConfig:
     Attributes:
       sources: ((spec, weight), ...); a spec is "demo:TASK" or "json:FILE" (see `data.sources`).
       tokenizer: directory of a fast tokenizer, or "demo".
-      budget: (tokens, patches, visual tokens, patches of a visual token) of a row.
+      budget: (tokens, patches, visual tokens, patches of a visual token) of a row, each but the
+        first a tuple where there are several encoders or sources; or (tokens, views), so many views
+        of the first encoder, where the processor has `picture`.
       buckets: further budgets; the rows of a step all have one of them or `budget`, whichever the
         waiting samples use best, e.g. ((16384, 0, 0, 4),) for text-only steps. These run no vision
         tower: its gradient is zero there, while moments and weight decay go on; they are of no use
@@ -82,11 +85,14 @@ class DataConfig:
 
     def __post_init__(self):
         for name, budgets in (("budget", (self.budget,)), ("buckets", self.buckets)):
-            if any(np.shape(b) != (4,) or b[3] != self.budget[3] for b in budgets):
+            if any(
+                len(b) not in (2, 4) or (len(b) == 4 and b[3] != self.budget[-1]) for b in budgets
+            ):
                 raise ValueError(
                     f"data.{name}={getattr(self, name)} needs four numbers: tokens, patches, "
-                    "visual tokens, patches of a visual token; buckets is a tuple of such tuples, "
-                    "the last number that of data.budget"
+                    "visual tokens, patches of a visual token; or two, tokens and views of "
+                    "pictures; buckets is a tuple of such tuples, the last number that of "
+                    "data.budget"
                 )
 
 
@@ -271,4 +277,15 @@ def make_data(run):
 
 def make_budgets(run):
     """Returns the `Budget` of every bucket, that of `data.budget` first."""
-    return tuple(Budget(*budget) for budget in (run.data.budget, *run.data.buckets))
+    return tuple(_budget(run, values) for values in (run.data.budget, *run.data.buckets))
+
+
+def _budget(run, values):
+    if len(values) == 4:
+        return Budget(*values)
+    if run.processor.picture is None:
+        raise ValueError(
+            f"data.budget={values} counts views, which pictures in native size have not: give "
+            "(tokens, patches, visual tokens, patches of a visual token)"
+        )
+    return row_budget(Show(PictureConfig(**run.processor.picture), run.model.form), *values)

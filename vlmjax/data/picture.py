@@ -90,6 +90,12 @@ class Show:
         self.format = Format(**dict(config.format) | names)
         self.frame_format = Format(**dict(config.frame_format or config.format) | names)
 
+    @property
+    def most_patches(self):
+        """The most patches of a view whose sides depend on the picture, 0 where none do."""
+        chosen = (*self.plan.image, *self.plan.images, *self.plan.frame)
+        return max(getattr(s.settings, "most_patches", 0) for s in chosen)
+
     def __call__(self, frames: Sequence[Image.Image], *, video: bool, images: int) -> Seen:
         """Returns what the model sees of an image (one frame) or a video.
 
@@ -156,6 +162,37 @@ def compose(outer: units.Units, inner: units.Units) -> units.Units:
     weights = np.where(index >= 0, inner.weights[outer.index], 0).astype(np.float32)
     flat = (len(index), -1)
     return outer._replace(index=index.reshape(flat), weights=weights.reshape(flat))
+
+
+def row_budget(show: Show, tokens: int, views: int) -> batch.Budget:
+    """Returns the `Budget` of rows of so many tokens that hold so many views of the first encoder.
+
+    What else a view needs (slots of other encoders, units of each source) is counted on a picture
+    that gets as many views as there are.
+    """
+    side = 8 * max(tower.patch * max(tower.side, 32) for tower in show.form.towers)
+    seen = show([Image.new("RGB", (side, side))], video=False, images=1)
+    number = sum(item.encoder == 0 for item in seen.items)
+
+    def share(count):
+        return -(-views * int(count) // number)
+
+    slots = np.zeros(len(show.form.towers), np.int64)
+    for item in seen.items:
+        slots[item.encoder] += item.num_slots
+    units_of = [share(len(u.index)) for u in seen.units]
+    visual = sum(n * units_of[sources[0]] for sources, n in show.form.groups)
+    routed = {"none": 0, "expert": min(tokens, visual + views), "queries": visual}
+    pool = seen.arrangement.pool
+    pooled = (tokens, 1 if pool is None else pool.index.shape[1])
+    return batch.Budget(
+        tokens,
+        tuple(share(n) for n in slots),
+        tuple(units_of),
+        tuple(max(u.index.shape[1], show.most_patches) for u in seen.units),
+        pooled if show.form.pool != "none" else (0, 0),
+        routed[show.form.routed],
+    )
 
 
 def place(seen: Sequence[Seen], encoded, form: batch.Form) -> Placement:

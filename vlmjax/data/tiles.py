@@ -9,6 +9,7 @@ import functools
 import math
 from dataclasses import dataclass
 
+from vlmjax.data.image import MAX_ASPECT
 from vlmjax.data.views import WHOLE, Tiling, check_settings, cut, resized
 
 
@@ -87,6 +88,13 @@ class Uhd:
 
     def __post_init__(self):
         check_settings(self, rounding=("round", "floor"))
+
+    @property
+    def most_patches(self):
+        """The most patches of a view: rounding adds up to half a row and half a column."""
+        whole = (self.side // self.patch) ** 2
+        longest, shortest = (whole * MAX_ASPECT) ** 0.5, (whole / MAX_ASPECT) ** 0.5
+        return math.ceil(whole + (longest + shortest) / 2 + 1)
 
 
 def uhd(width: int, height: int, s: Uhd) -> Tiling:

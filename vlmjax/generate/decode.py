@@ -209,17 +209,16 @@ class Generator:
         single = {k for sources, number in form.groups if number == 1 for k in sources}
         units = [s.placed().units for s in samples if s.items]
         pools = [a.pool for a in map(Sample.placed, samples) if a.pool is not None]
-        return Budget(
-            tokens,
-            patches,
-            [
-                tokens if k in single else bucket(int(n), 1)
-                for k, n in enumerate(sizes[1 + encoders : -2])
-            ],
-            [bucket(max(u[k].index.shape[1] for u in units), 4) for k in range(len(form.encoders))],
-            (tokens, max(p.index.shape[1] for p in pools)) if pools else (0, 0),
-            bucket(int(sizes[-1]), LEAST_TOKENS),
-        )
+        visual = [
+            max(tokens * (k in single), bucket(int(n), 1))
+            for k, n in enumerate(sizes[1 + encoders : -2])
+        ]
+        group = [bucket(max(u[k].index.shape[1] for u in units), 4) for k in range(len(visual))]
+        routed = bucket(int(sizes[-1]), LEAST_TOKENS)
+        if form.routed == "queries":  # the decoder sees them unit by unit
+            routed = sum(visual[sources[0]] * number for sources, number in form.groups)
+        pool = (tokens, max(p.index.shape[1] for p in pools)) if pools else (0, 0)
+        return Budget(tokens, patches, visual, group, pool, routed)
 
     def batch(self, samples, rows):
         """Returns (`Batch`, `Budget`, i32[rows] lengths): one sample a row, then empty rows."""
