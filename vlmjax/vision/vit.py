@@ -291,7 +291,7 @@ class ViT(nnx.Module):
         return self.resize(x) if cfg.grid else x
 
     def resize(self, x):
-        """Returns [B, I * grid * grid, D]: the features of whole views [B, P, D] on another grid."""
+        """Returns [B, I * grid * grid, D]: whole views [B, P, D] on another grid."""
         cfg, (B, P, D) = self.cfg, x.shape
         slots = cfg.prefix + cfg.side**2
         if P % slots:
