@@ -184,7 +184,7 @@ def row_budget(show: Show, tokens: int, views: int) -> batch.Budget:
     visual = sum(n * units_of[sources[0]] for sources, n in show.form.groups)
     routed = {"none": 0, "expert": min(tokens, visual + views), "queries": visual}
     pool = seen.arrangement.pool
-    pooled = (tokens, 1 if pool is None else pool.index.shape[1])
+    pooled = (tokens if views else 0, 1 if pool is None else pool.index.shape[1])
     return batch.Budget(
         tokens,
         tuple(share(n) for n in slots),
