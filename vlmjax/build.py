@@ -269,8 +269,8 @@ def check_params(params, shapes, source):
 def make_tokenizer(run):
     """Returns the `Tokenizer` of a run's directory, or the demo's own for "demo".
 
-    The demo's has no control tokens but those of its own template; what the processor of the run needs
-    more comes behind all of its ids.
+    The demo's has no control tokens but those of its own template; what else the processor of the
+    run needs comes behind all of its ids.
     """
     if run.data.tokenizer != "demo":
         return Tokenizer(run.data.tokenizer)

@@ -55,8 +55,8 @@ def initial_params(run, shapes, where):
 
     Args:
       run: a `build.Run`. `init` is None (random), the work directory of an earlier stage, or
-        {"vision" (each encoder) | "connector" | "llm": "hf:DIR", or "random" or None}. An empty string stands for
-        what the command line must give.
+        {"vision" (or each of several encoders) | "connector" | "llm": "hf:DIR", or "random" or
+        None}. An empty string stands for what the command line must give.
       shapes: {path: ShapeDtypeStruct} of the model.
       where: {path: sharding}.
     """
