@@ -295,11 +295,21 @@ def _frames(tiling, maps, form):
 
 
 class Layout(NamedTuple):
-    """A function, where newlines may stand, and which of READ_BY_SOME it reads of the format."""
+    """A function, where newlines may stand, and which of READ_BY_SOME it reads of the format.
+
+    `control` are the tokens that it puts in place itself.
+    """
 
     function: Callable
     newlines: tuple[str, ...] = ("none",)
     reads: tuple[str, ...] = ()
+    control: tuple[str, ...] = ()
+
+
+def control_of(form: dict) -> tuple[str, ...]:
+    """Returns the control tokens that settings of a `Format` put into a sequence."""
+    layout = LAYOUTS.get(form.get("layout", Format.layout))
+    return (*form.get("control", ()), *(layout.control if layout else ()))
 
 
 READ_BY_SOME = ("base", "unpad", "max_tiles", "pool", "stride", "fast_every")
@@ -307,6 +317,6 @@ LAYOUTS = {
     "flat": Layout(_flat, ("none", "end")),
     "tiles": Layout(_tiles, ("none", "row"), ("base", "unpad", "max_tiles", "pool", "stride")),
     "square": Layout(_square, ("none", "row"), ("unpad",)),
-    "slices": Layout(_slices),
+    "slices": Layout(_slices, control=("<image>", "</image>", "<slice>", "</slice>")),
     "frames": Layout(_frames, ("none", "row", "frame", "end"), ("pool", "stride", "fast_every")),
 }
