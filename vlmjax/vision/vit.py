@@ -64,6 +64,8 @@ class ViTConfig:
         "bicubic" samples it where they lie between, as torch resizes, "bicubic_antialias" does so
         with torch's antialias=True (which needs every view whole).
       side: of the table.
+      grid: side of the grid that the features of every view are resized to (bilinear), which drops
+        the prefix; every view then has side x side patches. 0 = a feature for each slot.
       rope_theta: of "rope2d".
       mean, std: of the pixels of each channel, between 0 and 1.
     """
@@ -88,6 +90,7 @@ class ViTConfig:
     prefix: int = 0
     position: str = "rope2d"
     side: int = 0
+    grid: int = 0
     rope_theta: float = 1e4
     mean: tuple = HALF["mean"]
     std: tuple = HALF["std"]
@@ -110,6 +113,11 @@ class ViTConfig:
                 f"vision position={self.position!r} with side={self.side}, prefix={self.prefix} is "
                 "not allowed: a table needs its side in patches, 2-D RoPE has neither a table nor "
                 "a place for a class token"
+            )
+        if self.grid and self.position != "table":
+            raise ValueError(
+                f"vision grid={self.grid} needs views of one size, which position='table' has; "
+                f"position is {self.position!r}; change one of them"
             )
         if self.features != "last" and not (
             re.fullmatch(r"-[1-9]\d*", str(self.features)) and self.blocks > 0
@@ -137,7 +145,9 @@ class ViTConfig:
     def form(self):
         """What the host knows of it: "table" takes whole places, "bicubic" those between."""
         places = {"rope2d": "grid", "table": "table", "bucket": "bucket"}
-        return TowerForm(self.patch, self.prefix, places.get(self.position, "table"), self.side)
+        out = (self.grid, self.grid) if self.grid else None
+        place = places.get(self.position, "table")
+        return TowerForm(self.patch, self.prefix, place, self.side, out)
 
     @property
     def out_width(self):
@@ -149,7 +159,7 @@ class ViTConfig:
 
         A view has prefix + rows * columns slots.
         """
-        return rows, columns
+        return (self.grid, self.grid) if self.grid else (rows, columns)
 
 
 _SO400M = dict(width=1152, mlp=4304, layers=27, heads=16)
@@ -277,7 +287,25 @@ class ViT(nnx.Module):
         x = self.patch(normalise(pixels, cfg.mean, cfg.std).astype(dtype))
         x = layout.constrain(self.embed(x, segments, coords))
         x, _ = scan_layers(self.blocks, layer, x, remat=remat)
-        return x if self.norm is None else self.norm(x)
+        x = x if self.norm is None else self.norm(x)
+        return self.resize(x) if cfg.grid else x
+
+    def resize(self, x):
+        """Returns [B, I * grid * grid, D]: whole views [B, P, D] on another grid."""
+        cfg, (B, P, D) = self.cfg, x.shape
+        slots = cfg.prefix + cfg.side**2
+        if P % slots:
+            raise ValueError(
+                f"{P} patch slots are not a whole number of views of {slots}; change data.budget"
+            )
+        views = x.reshape(B, -1, slots, D)[:, :, cfg.prefix :].astype(jnp.float32)
+        views = views.reshape(B, -1, cfg.side, cfg.side, D)
+        shape = (*views.shape[:2], cfg.grid, cfg.grid, D)
+        return (
+            jax.image.resize(views, shape, "bilinear", antialias=False)
+            .astype(x.dtype)
+            .reshape(B, -1, D)
+        )
 
     def embed(self, x, segments, coords):
         """Returns embedded patches [B, P, D] with the prefix in its slots, and positions."""
