@@ -164,11 +164,12 @@ def compose(outer: units.Units, inner: units.Units) -> units.Units:
     return outer._replace(index=index.reshape(flat), weights=weights.reshape(flat))
 
 
-def row_budget(show: Show, tokens: int, views: int) -> batch.Budget:
+def row_budget(show: Show, tokens: int, views: int, multiple: int = 1) -> batch.Budget:
     """Returns the `Budget` of rows of so many tokens that hold so many views of the first encoder.
 
     What else a view needs (slots of other encoders, units of each source) is counted on a picture
-    that gets as many views as there are.
+    that gets as many views as there are. Slots of patches, and of tokens with weights of their own,
+    are a multiple of `multiple` where padding can be added to them.
     """
     side = 8 * max(tower.patch * max(tower.side, 32) for tower in show.form.towers)
     seen = show([Image.new("RGB", (side, side))], video=False, images=1)
@@ -177,17 +178,24 @@ def row_budget(show: Show, tokens: int, views: int) -> batch.Budget:
     def share(count):
         return -(-views * int(count) // number)
 
+    def padded(count):
+        return -(-count // multiple) * multiple
+
     slots = np.zeros(len(show.form.towers), np.int64)
     for item in seen.items:
         slots[item.encoder] += item.num_slots
+    patches = [
+        share(n) if tower.out else padded(share(n))
+        for n, tower in zip(slots, show.form.towers, strict=True)
+    ]
     units_of = [share(len(u.index)) for u in seen.units]
     visual = sum(n * units_of[sources[0]] for sources, n in show.form.groups)
-    routed = {"none": 0, "expert": min(tokens, visual + views), "queries": visual}
+    routed = {"none": 0, "expert": min(tokens, padded(visual + views)), "queries": visual}
     pool = seen.arrangement.pool
     pooled = (tokens, 1 if pool is None else pool.index.shape[1])
     return batch.Budget(
         tokens,
-        tuple(share(n) for n in slots),
+        tuple(patches),
         tuple(units_of),
         tuple(max(u.index.shape[1], show.most_patches) for u in seen.units),
         pooled if show.form.pool != "none" else (0, 0),
