@@ -294,6 +294,9 @@ def make_budgets(run):
     return tuple(_budget(run, values) for values in (run.data.budget, *run.data.buckets))
 
 
+SLOTS = 64  # slots come in multiples of it, so that they divide over the axes of a mesh
+
+
 def _budget(run, values):
     if len(values) == 4:
         return Budget(*values)
@@ -302,4 +305,5 @@ def _budget(run, values):
             f"data.budget={values} counts views, which pictures in native size have not: give "
             "(tokens, patches, visual tokens, patches of a visual token)"
         )
-    return row_budget(Show(PictureConfig(**run.processor.picture), run.model.form), *values)
+    show = Show(PictureConfig(**run.processor.picture), run.model.form)
+    return row_budget(show, *values, multiple=SLOTS)

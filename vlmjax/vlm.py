@@ -195,7 +195,7 @@ class VLM(nnx.Module):
             features = getattr(self, name)(patches, **how)
         with jax.named_scope("connector"):
             # What a row needs is brought to its devices here, and only here.
-            return layout_of("vision", *patches.segments.shape).whole_rows(features)
+            return layout_of("vision", *features.shape[:2], "whole").whole_rows(features)
 
     def embed(self, batch, visual):
         """Returns decoder inputs [B, T, D]; visual is None for a text-only batch."""

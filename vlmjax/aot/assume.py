@@ -32,21 +32,29 @@ def mixture(run, budget, supervised):
     )
 
 
-def stats(mix, rows, budget):
-    """Returns the `Stats` of a batch, for `train.flops`."""
+def stats(mix, rows, budget, form):
+    """Returns the `Stats` of a batch, for `train.flops`.
+
+    Args:
+      mix: a `Mixture`.
+      rows: B.
+      budget: a `Budget`.
+      form: the `batch.Form` of the model.
+    """
     tokens, patches = rows * budget.tokens, tuple(rows * n for n in budget.patches)
-    units = tuple(rows * n for n in budget.visual)
+    units, visual = tuple(rows * n for n in budget.visual), rows * form.visual(budget)
     counts = dict(
         samples=tokens // mix.token_segment,
         tokens=tokens,
         supervised=round(tokens * mix.supervised),
         patches=patches,
         units=units,
-        visual=units[0],
-        visual_before_pruning=units[0],
+        features=tuple(u * g for u, g in zip(units, budget.group, strict=True)),
+        visual=visual,
+        visual_before_pruning=visual,
         routed=rows * budget.routed,
         token_pairs=tokens * mix.token_segment,
-        patch_pairs=tuple(n * mix.patch_segment for n in patches),
+        patch_pairs=tuple(rows * n * min(mix.patch_segment, n) for n in budget.patches),
     )
     return Stats(**{f.name: counts.get(f.name, 1) for f in dataclasses.fields(Stats)})
 

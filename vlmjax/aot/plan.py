@@ -15,15 +15,16 @@ from vlmjax.train import flops
 
 
 def efficiencies(model, slice_):
-    """Returns {"part/kernel": share of its roofline that attention reached in simulation}."""
+    """Returns {"part/kernel": share of its roofline that attention reached in simulation}.
+
+    Of several encoders, that of the one which reaches least; one without attention has none.
+    """
     compute, device, chip = model.compute, slice_.devices[0], slice_.chip
     peak, result = flops.peak_flops([device]), {}
-    for part, tower, block, segment in (
-        ("vision", model.vision, compute.vision_block, compute.vision_segment),
-        ("llm", model.llm, compute.llm_block, compute.llm_segment),
-    ):
-        if tower is None:
-            continue
+    vision = compute.vision_block, compute.vision_segment
+    modules = [("vision", t, *vision) for t in model.encoders.values() if hasattr(t, "heads")]
+    modules.append(("llm", model.llm, compute.llm_block, compute.llm_segment))
+    for part, tower, block, segment in modules:
         sizes = tower.heads, getattr(tower, "kv_heads", tower.heads), tower.head_dim
         shape = device.device_kind, tower.head_dim, part == "llm"
         known = blocks.pair_cycles(*shape)
@@ -32,7 +33,8 @@ def efficiencies(model, slice_):
             work, moved = pallas_tpu.pair_cost(*sizes, block, (2, 5)[i])
             seconds = known[block][i] * tower.heads / chip.clock
             roofline = max(work / peak, moved / chip.hbm_bandwidth)
-            result[f"{part}/segment_attention_{name}"] = round(roofline / seconds, 3)
+            key, share = f"{part}/segment_attention_{name}", round(roofline / seconds, 3)
+            result[key] = min(share, result.get(key, share))
     return result
 
 
@@ -81,7 +83,8 @@ def make_plan(run, name, topology, *, bucket=0, supervised=0.25, options=None, d
                 dynamic_trips=assume.loop_trips(mix, run, budget, mesh),
             )
             module = hlo.parse(program_text(folder))
-            work = flops.train_flops(run.model, assume.stats(mix, rows, budget), compiled.trained)
+            counts = assume.stats(mix, rows, budget, run.model.form)
+            work = flops.train_flops(run.model, counts, compiled.trained)
             timeline = replay(module, machine)
             result |= report.time_numbers(module, timeline, compiled, machine, work)
             tokens = rows * budget.tokens

@@ -15,7 +15,8 @@ class Stats:
     """What a batch holds, for metrics and the FLOP count; counts are of real slots, never padding.
 
     `token_pairs` and `patch_pairs` are the sums of n_i^2 over samples and over images or frames.
-    Those of patches and units are tuples, one number for each encoder and each source.
+    Those of patches, units and features are tuples, one number for each encoder or each source of
+    the connector; `features` are those of an encoder that the units gather.
     """
 
     samples: int
@@ -23,6 +24,7 @@ class Stats:
     supervised: int
     patches: tuple
     units: tuple
+    features: tuple
     visual: int
     visual_before_pruning: int
     routed: int
@@ -153,6 +155,7 @@ def pack(samples_by_row, budget, form, normalisation="token"):
         supervised=supervised,
         patches=tuple(int((p.segments > 0).sum()) for p in batch.patches),
         units=tuple(int((u.index >= 0).any(-1).sum()) for u in batch.units),
+        features=tuple(int((u.index != -1).sum()) for u in batch.units),
         visual=visual,
         visual_before_pruning=visual + sum(int((~i.keep).sum()) for i in items),
         routed=0 if batch.routed is None else int((batch.routed.slots >= 0).sum()),

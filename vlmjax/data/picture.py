@@ -166,11 +166,12 @@ def compose(outer: units.Units, inner: units.Units) -> units.Units:
     return outer._replace(index=index.reshape(flat), weights=weights.reshape(flat), mask=mask)
 
 
-def row_budget(show: Show, tokens: int, views: int) -> batch.Budget:
+def row_budget(show: Show, tokens: int, views: int, multiple: int = 1) -> batch.Budget:
     """Returns the `Budget` of rows of so many tokens that hold so many views of the first encoder.
 
     What else a view needs (slots of other encoders, units of each source) is counted on a picture
-    that gets as many views as there are: alone, among others, and as a frame.
+    that gets as many views as there are: alone, among others, and as a frame. Slots of patches, and
+    of tokens with weights of their own, are a multiple of `multiple` where padding can be added.
     """
     side = 8 * max(tower.patch * max(tower.side, 32) for tower in show.form.towers)
     image, form = Image.new("RGB", (side, side)), show.form
@@ -181,19 +182,23 @@ def row_budget(show: Show, tokens: int, views: int) -> batch.Budget:
     def share(count):
         return max(-(-views * count(s) // n) for s, n in zip(shown, number, strict=True))
 
+    def padded(count):
+        return -(-count // multiple) * multiple
+
     def slots(encoder):
-        return share(lambda s: sum(i.num_slots for i in s.items if i.encoder == encoder))
+        number = share(lambda s: sum(i.num_slots for i in s.items if i.encoder == encoder))
+        return number if form.towers[encoder].out else padded(number)
 
     units_of = [share(lambda s, k=k: len(s.units[k].index)) for k in range(len(form.encoders))]
     widest = [max(s.units[k].index.shape[1] for s in shown) for k in range(len(form.encoders))]
     visual = sum(n * units_of[sources[0]] for sources, n in form.groups)
-    routed = {"none": 0, "expert": min(tokens, visual + views), "queries": visual}
+    routed = {"none": 0, "expert": min(tokens, padded(visual + views)), "queries": visual}
     pools = [s.arrangement.pool for s in shown if s.arrangement.pool is not None]
     widths = [pool.index.shape[1] for pool in pools]
     pooled = (tokens if views else 0, max(widths, default=1))
     return batch.Budget(
         tokens,
-        tuple(-(-slots(e) // 8) * 8 for e in range(len(form.towers))),  # for 8 devices to share
+        tuple(map(slots, range(len(form.towers)))),
         tuple(units_of),
         tuple(max(n, show.most_patches) for n in widest),
         pooled if form.pool != "none" else (0, 0),

@@ -204,7 +204,7 @@ class ConvNeXt(nnx.Module):
         cfg = self.cfg
         B, P, values = patches.pixels.shape
         images = P // (cfg.rows * cfg.columns)
-        layout, outputs = layout_of("vision", B, images), []
+        layout, outputs = layout_of("vision", B, images, "whole"), []
         pixels = normalise(patches.pixels, cfg.mean, cfg.std).astype(dtype)
         x = self.stem_norm(self.stem(pixels.reshape(B, images, cfg.rows, cfg.columns, values)))
         for i in range(len(cfg.widths)):
