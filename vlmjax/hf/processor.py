@@ -123,10 +123,12 @@ def _pixels(config: ProcessorConfig, merge: int) -> dict:
 def load_processor(directory) -> tuple[Tokenizer, ProcessorConfig]:
     """Tokenizer and settings of our exports, and of both kinds of released VideoLLaMA3."""
     directory = Path(directory)
+    if remote.is_remote(directory):
+        return load_remote(directory)
     tokenizer = Tokenizer(directory)
     processor = _read(directory / PROCESSOR)
     if OURS in processor:
-        return tokenizer, ProcessorConfig(**remote.frozen(processor[OURS]))
+        return tokenizer, ProcessorConfig(**processor[OURS])
     image = processor.get("image_processor") or _read(directory / IMAGE)
     if not image:
         raise ValueError(
@@ -140,6 +142,15 @@ def load_processor(directory) -> tuple[Tokenizer, ProcessorConfig]:
     return tokenizer, _transformers(
         image, processor.get("video_processor") or _read(directory / VIDEO)
     )
+
+
+def load_remote(directory: Path) -> tuple[Tokenizer, ProcessorConfig]:
+    """Tokenizer and settings of a directory in our own layout, none of whose code is run."""
+    from transformers import AutoTokenizer, PreTrainedConfig
+
+    how = dict(config=PreTrainedConfig(), trust_remote_code=False, local_files_only=True)
+    tokenizer = Tokenizer(AutoTokenizer.from_pretrained(str(directory), **how))
+    return tokenizer, ProcessorConfig(**remote.frozen(_read(directory / PROCESSOR)[OURS]))
 
 
 def _original(

@@ -36,8 +36,8 @@ except ImportError:
     av = None  # the processor asks for it when a video comes"""
 
 NOTE = (
-    "{directory}: transformers has no class for this model, so the directory carries its own "
-    "code. Load it with trust_remote_code=True (AutoModelForCausalLM, AutoProcessor)."
+    "{directory} carries its own code, because transformers has no class for such models: load it "
+    "with AutoModelForCausalLM and AutoProcessor and trust_remote_code=True."
 )
 
 CARD = """---
@@ -52,9 +52,9 @@ A vision-language model trained with vlmjax: {parameters:,} parameters, {dtype}.
 |---|---|
 {table}
 
-transformers has no class for it. The directory carries its own code (torch, numpy, Pillow and
-transformers are all it needs; PyAV for videos), which is why `trust_remote_code=True` is needed:
-read the `.py` files before you run them.
+transformers has no class for such models, so the directory carries its own code, in torch, and
+`trust_remote_code=True` is needed: read the `.py` files before you run them. They need torch,
+numpy, Pillow and transformers, and PyAV for videos.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoProcessor

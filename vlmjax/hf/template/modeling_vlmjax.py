@@ -32,7 +32,7 @@ class VLMJaxForConditionalGeneration(PreTrainedModel, GenerationMixin):
     config_class = VLMJaxConfig
     base_model_prefix = "vlm"
     main_input_name = "input_ids"
-    _no_split_modules = ("Block", "ConvBlock", "DecoderBlock")
+    _no_split_modules = ["Block", "ConvBlock", "DecoderBlock"]
     _supports_sdpa = True
 
     def __init__(self, config):
