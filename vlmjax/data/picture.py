@@ -140,7 +140,8 @@ class Show:
         """Returns the units of a source; their index counts the output slots of these items."""
         form, config = self.form, self.config
         tower = form.towers[form.encoders[source]]
-        maps = units.view_maps([tower.out or item.grid for item in items], tower.prefix)
+        prefix = tower.prefix if tower.out is None else 0  # a grid of its own comes without
+        maps = units.view_maps([tower.out or item.grid for item in items], prefix)
         if config.stitch == "tiles":
             maps = units.stitch_groups(maps, [group for t in tilings for group in t.maps])
         encoder, tokens = form.encoders[source], {k: n for ks, n in form.groups for k in ks}

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from vlmjax.connectors.mlp import MLPConfig
+from vlmjax.hf import remote
 from vlmjax.hf.llm_config import TEXT_DEFAULTS, make_llm, need, read_llm, rope_theta
 from vlmjax.llm.decoder import DecoderConfig
 from vlmjax.vision.vit import ViTConfig
@@ -32,6 +33,8 @@ ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 
 def read_config(directory) -> VLMConfig:
     """The configuration of a full checkpoint."""
+    if remote.is_remote(directory):
+        return remote.read_config(directory)
     return VLMConfig(
         **{
             module: read_module_config(directory, module)
@@ -48,6 +51,8 @@ def read_max_position(directory) -> int | None:
 
 def read_module_config(directory, module: str) -> ViTConfig | MLPConfig | DecoderConfig:
     """The configuration of one module (vision, connector or llm) in any supported directory."""
+    if remote.is_remote(directory):
+        return getattr(remote.read_config(directory), module)
     file = Path(directory) / CONFIG
     if not file.is_file():
         raise ValueError(

@@ -4,12 +4,15 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from vlmjax.connectors.mlp import MLPConfig
 from vlmjax.data.processor import ProcessorConfig
 from vlmjax.data.tokenizer import Tokenizer
+from vlmjax.hf import remote_export
 from vlmjax.hf.config import CONFIG, make_config
 from vlmjax.hf.processor import IMAGE_TOKEN, VIDEO_TOKEN, write_processor
 from vlmjax.hf.tensors import MAX_SHARD_SIZE, write_tensors
 from vlmjax.hf.weights import export_tensors
+from vlmjax.vision.vit import ViTConfig
 from vlmjax.vlm import VLMConfig
 
 SPECIAL = {
@@ -63,6 +66,7 @@ def save_pretrained(
     card: Mapping | None = None,
     max_position: int = 32768,
     max_shard_size: int = MAX_SHARD_SIZE,
+    format: str | None = None,
 ) -> Path:
     """Writes a complete transformers directory, weights tensor by tensor.
 
@@ -74,7 +78,14 @@ def save_pretrained(
       card: more front matter for the model card, such as license or base_model.
       max_position: longest sequence that readers should allow.
       max_shard_size: in bytes.
+      format: "transformers" for a class of transformers, "remote" for our own code beside the
+        weights (see `hf.remote_export`); None = a class of transformers where one fits.
     """
+    if format not in (None, "transformers", "remote"):
+        raise ValueError(f"format={format!r} is unknown; use 'transformers', 'remote' or None")
+    if format == "remote" or (format is None and not fits(cfg, processor_config)):
+        how = dtype, generation, model_name, card, max_position, max_shard_size
+        return remote_export.save(out_dir, cfg, params, tokenizer, processor_config, *how)
     out_dir = Path(out_dir)
     ids = _token_ids(cfg, tokenizer)
     if processor_config.patch != cfg.vision.patch:
@@ -100,6 +111,16 @@ def save_pretrained(
     name = model_name or out_dir.resolve().name
     (out_dir / "README.md").write_text(_card(name, facts, processor_config, card or {}))
     return out_dir
+
+
+def fits(cfg: VLMConfig, processor_config: ProcessorConfig) -> bool:
+    """Whether the VideoLLaMA3 of transformers is the model."""
+    v, ours = cfg.vision, processor_config.picture
+    if ours is not None or not isinstance(v, ViTConfig) or cfg.connector != MLPConfig():
+        return False
+    sizes = dict(width=v.width, mlp=v.mlp, layers=v.layers, heads=v.heads, patch=v.patch)
+    plain = ViTConfig(**sizes, act=v.act, eps=v.eps, rope_theta=v.rope_theta)
+    return v == plain and (cfg.llm.expert, cfg.llm.extra_num, cfg.pool) == ("none", 0, "none")
 
 
 def _card(name: str, facts: dict, config: ProcessorConfig, more: Mapping) -> str:

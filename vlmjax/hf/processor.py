@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vlmjax.data.processor import ProcessorConfig
 from vlmjax.data.tokenizer import Tokenizer
+from vlmjax.hf import remote
 
 IMAGE_TOKEN, VIDEO_TOKEN = (
     "<|image_pad|>",
@@ -66,15 +67,8 @@ def write_processor(directory, tokenizer: Tokenizer, config: ProcessorConfig):
     transformers 5 reads processor_config.json, transformers 4 the other two.
     """
     directory = Path(directory)
-    tokenizer.save(directory)
-    tokenizer_config = json.loads((directory / "tokenizer_config.json").read_text())
-    tokenizer_config.pop("auto_map", None)  # of a tokenizer that came with trust_remote_code
-    if tokenizer_config["tokenizer_class"] == "TokenizersBackend":
-        tokenizer_config["tokenizer_class"] = (
-            "PreTrainedTokenizerFast"  # its name in transformers 4
-        )
     name = {"processor_class": "VideoLlama3Processor"}
-    _write(directory / "tokenizer_config.json", tokenizer_config | name)
+    write_tokenizer(directory, tokenizer, name)
     (directory / TEMPLATE).write_text(CHAT_TEMPLATE)
     image = _pixels(config, config.image_merge) | {
         "image_processor_type": "VideoLlama3ImageProcessor"
@@ -92,6 +86,17 @@ def write_processor(directory, tokenizer: Tokenizer, config: ProcessorConfig):
         directory / PROCESSOR,
         {"image_processor": image, "video_processor": video, OURS: ours} | name,
     )
+
+
+def write_tokenizer(directory, tokenizer: Tokenizer, more: dict):
+    """Writes the tokenizer's files, with more entries in tokenizer_config.json."""
+    file = Path(directory) / "tokenizer_config.json"
+    tokenizer.save(directory)
+    config = json.loads(file.read_text())
+    config.pop("auto_map", None)  # of a tokenizer that came with trust_remote_code
+    if config["tokenizer_class"] == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name in transformers 4
+    _write(file, config | more)
 
 
 def _pixels(config: ProcessorConfig, merge: int) -> dict:
@@ -118,6 +123,8 @@ def _pixels(config: ProcessorConfig, merge: int) -> dict:
 def load_processor(directory) -> tuple[Tokenizer, ProcessorConfig]:
     """Tokenizer and settings of our exports, and of both kinds of released VideoLLaMA3."""
     directory = Path(directory)
+    if remote.is_remote(directory):
+        return load_remote(directory)
     tokenizer = Tokenizer(directory)
     processor = _read(directory / PROCESSOR)
     if OURS in processor:
@@ -135,6 +142,15 @@ def load_processor(directory) -> tuple[Tokenizer, ProcessorConfig]:
     return tokenizer, _transformers(
         image, processor.get("video_processor") or _read(directory / VIDEO)
     )
+
+
+def load_remote(directory: Path) -> tuple[Tokenizer, ProcessorConfig]:
+    """Tokenizer and settings of a directory in our own layout, none of whose code is run."""
+    from transformers import AutoTokenizer, PreTrainedConfig
+
+    how = dict(config=PreTrainedConfig(), trust_remote_code=False, local_files_only=True)
+    tokenizer = Tokenizer(AutoTokenizer.from_pretrained(str(directory), **how))
+    return tokenizer, ProcessorConfig(**remote.frozen(_read(directory / PROCESSOR)[OURS]))
 
 
 def _original(

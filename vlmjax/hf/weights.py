@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
+from vlmjax.hf import remote
 from vlmjax.hf.config import CONFIG, read_config, read_module_config
 from vlmjax.hf.decoders import HEADS, find_kind
 from vlmjax.hf.table import Row, by_key
 from vlmjax.hf.tensors import DTYPES, Tensor, TensorDirectory
 from vlmjax.hf.videollama3 import LAYOUTS, MODULES, find_layout, rows
+from vlmjax.nn import unflatten
 from vlmjax.vlm import VLMConfig
 
 # What the shapes of a checkpoint do not show (a width of 24 may be 2 heads of 12 or 3 of 8);
@@ -57,6 +59,8 @@ def load_module(module: str, directory, cfg: VLMConfig, dtype=None) -> dict:
 
 
 def _load(directory, cfg: VLMConfig, modules: Iterable[str], dtype) -> dict:
+    if remote.is_remote(directory):
+        return _load_remote(directory, cfg, modules, dtype)
     tensors = TensorDirectory(directory)
     layout = find_layout(tensors)
     absent = [m for m in modules if m not in LAYOUTS[layout].prefixes]
@@ -80,6 +84,27 @@ def _load(directory, cfg: VLMConfig, modules: Iterable[str], dtype) -> dict:
             node = node.setdefault(name, {})
         node[leaf] = _read(tensors, row, dtype)
     return params
+
+
+def _load_remote(directory, cfg: VLMConfig, modules: Iterable[str], dtype) -> dict:
+    """The parameters of a directory in our own layout."""
+    whole = set(modules) == set(MODULES)
+    remote.check_config(directory, cfg, None if whole else modules)
+    tensors = TensorDirectory(directory)
+    table = [r for r in remote.rows(cfg) if whole or r.path.split("/")[0] in modules]
+    shapes = {key: row.stored_shape for row in table for key in row.keys}
+    ours = [key for key in tensors if whole or key.split(".")[0] in modules]
+    _fail(
+        f"{directory} (layout {remote.KIND!r}) does not fit the configuration",
+        [key for key in shapes if key not in tensors],
+        [key for key in ours if key not in shapes],
+        [
+            f"{key} {list(tensors.shape(key))} instead of {list(shape)}"
+            for key, shape in shapes.items()
+            if key in tensors and tensors.shape(key) != shape
+        ],
+    )
+    return unflatten({row.path: _read(tensors, row, dtype) for row in table})
 
 
 def _check_config(directory, cfg: VLMConfig, modules):
