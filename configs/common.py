@@ -163,15 +163,7 @@ def recipe(
     """
     stage, rows = arg["stage"], batch // per_row
     mesh, compute, accumulate = slice_preset(arg["slice"], rows)
-    towers = model["vision"] if isinstance(model["vision"], tuple) else (model["vision"],)
-    modules = [f"vision_{k + 1}" if k else "vision" for k in range(len(towers))]
-    modules = ["connector", "llm", *modules]
-    given = [m for m in modules if m.split("_")[0] in init]
-    start = f"runs/{name}/stage{stage - 1}"
-    if stage == 1 and isinstance(init, str):
-        start = init
-    elif stage == 1:
-        start = {m: "" if m in given else "random" for m in modules}  # "": must be given
+    start = f"runs/{name}/stage{stage - 1}" if stage > 1 else _first(model, init)
     return dict(
         stage=stage,
         model=model | dict(compute=dict(dtype="bfloat16", **compute)),
@@ -209,6 +201,15 @@ def recipe(
         mesh=mesh,
         eval=dict(),
     )
+
+
+def _first(model, init):
+    """Returns what stage 1 starts from; "" stands for a directory that must be given."""
+    if isinstance(init, str):
+        return init
+    towers = len(model["vision"]) if isinstance(model["vision"], tuple) else 1
+    modules = ["connector", "llm", "vision", *(f"vision_{k}" for k in range(2, towers + 1))]
+    return {m: "" if m.split("_")[0] in init else "random" for m in modules}
 
 
 # Sizes of tiny variants, over those of the presets; what else a preset says stays.

@@ -267,7 +267,7 @@ class ViT(nnx.Module):
         cfg, (pixels, segments, coords) = self.cfg, patches
         turned = cfg.position == "rope2d"
         angles = angles_2d(coords, cfg.head_dim, cfg.rope_theta) if turned else None
-        layout = layout_of("vision", *segments.shape, "whole" if cfg.grid else "error")
+        layout = layout_of("vision", *segments.shape)
         how = dict(size=cfg.head_dim, causal=False, spec=attention, layout=layout)
         attend = packed(segments, angles, **how)
 
