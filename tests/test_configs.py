@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from recipes import RECIPES
 from tiny import tiny_config
 
 from configs.common import SLICES, parse_arg
@@ -37,7 +38,7 @@ def _config(name, arg=None):
 
 def test_every_config_is_tested():
     files = {p.stem for p in (ROOT / "configs").glob("*.py")} - {"__init__", "common"}
-    assert files == set(ARGS)
+    assert files == set(ARGS) | set(RECIPES)
 
 
 @pytest.mark.parametrize(("name", "arg"), ALL)
