@@ -1,5 +1,6 @@
 """`inspect`: the official sizes, in little time and memory, and the bytes of a real state."""
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -8,11 +9,12 @@ from pathlib import Path
 
 import jax
 import pytest
+import systems
 from tiny import tiny_config
 
 from vlmjax import build
 from vlmjax.train.optimizer import make_optimizer, resolve_lr
-from vlmjax.train.parameters import parameter_rows
+from vlmjax.train.parameters import parameter_rows, parameter_table
 from vlmjax.train.step import init_state
 
 ROOT = Path(__file__).parents[1]
@@ -75,3 +77,36 @@ def test_bytes_are_those_of_a_state(optim, tmp_path):
     assert sum(row.count for row in rows) == sum(x.size for x in params.values())
     assert {row.lr for row in rows if row.name == "vision/patch"} == {3e-4}
     assert all(row.optimizer == 0 for row in rows if row.lr is None)
+
+
+ROWS = {
+    "cambrian": """
+        vision/patch vision/position vision/blocks vision/norm
+        vision_2/patch vision_2/class_token vision_2/position vision_2/embed_norm vision_2/blocks
+        vision_3/stem vision_3/stem_norm vision_3/stage_0 vision_3/stage_1
+        connector/tower_0 connector/tower_1 connector/tower_2 connector/query connector/blocks
+        connector/out connector/specials llm/embed llm/blocks llm/extra llm/norm""",
+    "cogvlm2": """
+        vision/patch vision/class_token vision/position vision/embed_norm vision/blocks
+        connector/norm connector/conv connector/dense connector/mlp connector/specials
+        llm/embed llm/blocks llm/blocks/expert llm/norm""",
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_part_of_a_system_has_a_row(name, tmp_path):
+    config = tiny_config(tmp_path, lr=((".*", 1e-3),))
+    run = dataclasses.replace(build.resolve(config), model=systems.make(name)[0])
+    assert [row.name for row in parameter_rows(run)] == ROWS[name].split()
+    stacked = re.findall(r"  (\S+) \((\d) layers\)", parameter_table(run))
+    assert (
+        stacked
+        == {
+            "cambrian": [
+                *[("blocks", "2")] * 2,
+                *[("stage_0", "1"), ("stage_1", "1")],
+                *[("blocks", "2"), ("blocks", "3"), ("extra", "2")],
+            ],
+            "cogvlm2": [("blocks", "2")] * 2 + [("blocks/expert", "2")],
+        }[name]
+    )
