@@ -65,4 +65,6 @@ def get_config(arg=None):
     queries = dict(queries=4, heads=4)
     # A table with room for the longest slices.
     wide = dict(side=70) if version == "2.5" else {}
-    return ConfigDict(tiny(c, vision=wide, connector=queries) if arg["tiny"] else c)
+    # Logits are divided by width / 256 in 2.0; its base is 32 here.
+    llm = dict(logits_divisor=1.0) if version == "2.0" else {}
+    return ConfigDict(tiny(c, vision=wide, connector=queries, llm=llm) if arg["tiny"] else c)
