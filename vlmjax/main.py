@@ -1,11 +1,11 @@
 """The command line: python -m vlmjax.main COMMAND [flags].
 
-train     --config --workdir                    trains a config, resuming what is there
-inspect   --config                              prints the parameters of a config
-aot       --config --topology [--json]          plans memory and time on a TPU slice not owned
-eval      --config --workdir --output           scores a run on held-out data and writes a report
-export    --workdir --output [--config]         writes a Hugging Face directory
-generate  --model --prompt [--image] [--video]  answers a question
+train     --config --workdir                      trains a config, resuming what is there
+inspect   --config                                prints the parameters of a config
+aot       --config --topology [--json]            plans memory and time on a TPU slice not owned
+eval      --config --workdir --output             scores a run on held-out data and writes a report
+export    --workdir --output [--config --format]  writes a Hugging Face directory
+generate  --model --prompt [--image] [--video]    answers a question
 """
 
 import json
@@ -21,6 +21,13 @@ config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:key=value,...]
 flags.DEFINE_string("workdir", None, "folder of the run")
 flags.DEFINE_string("output", None, "folder that eval or export writes")
 flags.DEFINE_string("export", None, "Hugging Face folder named in eval's report; default OUTPUT/hf")
+flags.DEFINE_enum(
+    "format",
+    None,
+    ["transformers", "remote"],
+    "export: for a class of transformers, or with our own code beside the weights; default: the "
+    "first where one fits",
+)
 flags.DEFINE_bool("tensorboard", False, "also write TensorBoard events (tensorboard extra)")
 flags.DEFINE_string(
     "profile", None, "train: FIRST:LAST step to trace into WORKDIR/profile, for xprof"
@@ -76,7 +83,8 @@ def export():
     """Writes the newest checkpoint of --workdir as a Hugging Face directory to --output."""
     from vlmjax.generate.chat import Chat
 
-    print(Chat.from_run(FLAGS.workdir, FLAGS.config).save_pretrained(FLAGS.output))
+    chat = Chat.from_run(FLAGS.workdir, FLAGS.config)
+    print(chat.save_pretrained(FLAGS.output, format=FLAGS.format))
 
 
 def generate():

@@ -23,6 +23,7 @@ from transformers import (  # noqa: E402
 )
 
 NEW = 10
+torch.set_num_threads(1)  # for a handful of weights
 
 
 def run(folder, name):

@@ -20,9 +20,10 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 import vlmjax
 from vlmjax import hf
+from vlmjax.generate.decode import score
 from vlmjax.nn import flatten
 
-QUICK = ("360vl", "cogvlm2", "sva_in_layers")
+QUICK = ("cogvlm2", "sva_in_layers")
 SIZES = ((60, 40), (30, 90), (50, 50))
 NEW = 10
 
@@ -65,9 +66,11 @@ def _check(names, tmp_path):
 def _compare(chat, found, chats):
     samples = [chat.processor.prompt(messages) for messages in chats]
     answers = chat.generator.generate_samples(samples, NEW)
+    batch, _, lengths = chat.generator.batch(samples, len(samples))
+    scores = np.asarray(score(chat.generator.graphdef, chat.generator.params, batch))
     for k, (sample, answer) in enumerate(zip(samples, answers, strict=True)):
         np.testing.assert_array_equal(found[f"tokens_{k}"], sample.tokens)
-        want = chat.generator.logits(sample)
+        want = scores[k, : lengths[k]]
         for kind in ("logits", "together"):
             assert np.abs(found[f"{kind}_{k}"] - want).max() < 2e-5 * np.abs(want).max(), (kind, k)
         np.testing.assert_array_equal(found[f"answer_{k}"], answer.tokens)
