@@ -146,7 +146,7 @@ SYSTEMS = {
     "cambrian": System(
         dict(
             vision=(
-                SIGLIP | dict(side=5, grid=4),
+                SIGLIP | dict(side=5),
                 CLIP,
                 dict(
                     type="convnext",
@@ -158,12 +158,21 @@ SYSTEMS = {
                     layer_scale=1.0,
                 ),
             ),
-            connector=dict(type="sva", side=4, windows=(1, 1, 2), width=16, heads=2, layers=2),
+            connector=dict(
+                type="sva",
+                side=4,
+                windows=(1, 1, 2),
+                width=16,
+                heads=2,
+                layers=2,
+                reduce="weighted",
+            ),
             llm=dict(layers=3, extra_num=2, extra_start=0, extra_stride=2),
         ),
         "llama3",
         dict(
             strategy=(*square(side=35), *square(), *square(side=64)),
+            resample=(("bilinear", (4, 4)), (), ()),
             format=(("layout", "square"), ("unpad", "original"), ("newline", "row")),
         ),
     ),

@@ -46,9 +46,10 @@ def test_resolves_and_lowers_at_full_size(name, arg):
     """Abstractly: nothing of the model or the batch is allocated, nothing is compiled."""
     run = build.resolve(_config(name, arg))
     budget, rows = build.make_budgets(run)[0], run.train.rows
-    assert run.processor.max_visual_tokens <= budget.visual or not budget.visual
+    if run.processor.picture is None and run.model.vision is not None:
+        assert run.processor.max_visual_tokens <= budget.visual[0]
+        assert run.processor.patch == run.model.vision.patch
     assert run.processor.max_length is None or run.processor.max_length <= budget.tokens
-    assert run.model.vision is None or run.processor.patch == run.model.vision.patch
     with jax.set_mesh(sharding.make_mesh()):
         graphdef, shapes, axes = build.abstract(run.model)
         lrs = resolve_lr(run.lr, shapes)
@@ -249,7 +250,7 @@ def test_missing_key_is_refused(tmp_path):
         (dict(objective="dpo"), r"objective='dpo' is unknown; choose one of \['sft'\]"),
         (dict(optim=dict(clip="norm")), r"optim\.clip='norm' is unknown; choose one of"),
         (dict(mesh=dict(data=3)), r"mesh data=3, fsdp=1, seq=1, tensor=1 does not fit"),
-        (dict(data__budget=(160, 80)), r"data\.budget=\(160, 80\) needs four numbers"),
+        (dict(data__budget=(160, 80)), r"data\.budget=\(160, 80\) counts views, .*: give \(tokens"),
         (dict(data__buckets=(160, 0, 0, 4)), r"data\.buckets=\(160, .* is a tuple of such tuples"),
         (dict(data__buckets=((160, 0, 0, 1),)), r"data\.buckets=.* the last number that of data"),
         (

@@ -56,6 +56,13 @@ class TrainConfig:
             )
 
 
+def _wrong(budget, first):
+    """Whether a budget has neither two nor four numbers, the last that of the first budget."""
+    if not isinstance(budget, (tuple, list)) or len(budget) not in (2, 4):
+        return True
+    return len(budget) == 4 and budget[3] != first[-1]
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """The data.
@@ -85,9 +92,7 @@ class DataConfig:
 
     def __post_init__(self):
         for name, budgets in (("budget", (self.budget,)), ("buckets", self.buckets)):
-            if any(
-                len(b) not in (2, 4) or (len(b) == 4 and b[3] != self.budget[-1]) for b in budgets
-            ):
+            if any(_wrong(b, self.budget) for b in budgets):
                 raise ValueError(
                     f"data.{name}={getattr(self, name)} needs four numbers: tokens, patches, "
                     "visual tokens, patches of a visual token; or two, tokens and views of "

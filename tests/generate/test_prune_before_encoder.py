@@ -180,7 +180,7 @@ def test_packing_holds_more_and_resumes_exactly():
         batches = packed_batches(
             Mixture([records], [1.0], seed=0),
             process,
-            [(1024, 220, 220, 4)],
+            [Budget(1024, 220, 220, 4)],
             2,
             pool=8,
             form=Form((TowerForm(PATCH),)),

@@ -72,7 +72,7 @@ def run(config, workdir, output, export_dir=None):
     if not (export_dir / "config.json").is_file():
         export_dir = None
     found = report.write(results, output, report.read_stages(Path(workdir).parent), export_dir)
-    pictures.draw(results, chat.processor.config.patch).save(output / "samples.png")
+    pictures.draw(results).save(output / "samples.png")
     return found
 
 
@@ -85,6 +85,9 @@ def evaluate(chat, settings):
     """
     results = []
     for task in TASKS:
+        if task == "stream" and chat.processor.show is not None:
+            print("stream: left out, a processor with `picture` knows no streams", flush=True)
+            continue
         count = settings.required_samples if task in REQUIRED else settings.samples
         began = time.monotonic()
         results.append(evaluate_task(chat, task, count, settings))
@@ -144,5 +147,9 @@ def watch(chat, record):
 
 def _loss(chat, samples):
     config = chat.processor.config
-    group = max(config.image_merge, config.video_merge) ** 2
-    return mean_loss(chat.generator, samples, Budget(_SLOTS, _SLOTS, _SLOTS, group), _ROWS)[0]
+    if config.picture is None:
+        group = max(config.image_merge, config.video_merge) ** 2
+        budget = Budget(_SLOTS, _SLOTS, _SLOTS, group)
+    else:  # what a view takes depends on the system; a row holds any of the samples
+        budget = chat.generator.budget(samples)
+    return mean_loss(chat.generator, samples, budget, _ROWS)[0]

@@ -5,6 +5,8 @@ pruned, which never reach the language model, are dimmed. The answer of the mode
 is right, amber when a part of it is, red when it is wrong.
 """
 
+import math
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -26,27 +28,22 @@ _LEGEND = (
 )
 
 
-def pixels(item, patch):
-    """Returns u8[h * patch, w * patch, 3]: an `Item` as the model sees it, pruned parts dimmed."""
-    (h, w), merge = item.grid, item.merge
+def pixels(item):
+    """Returns u8[h * p, w * p, 3]: an `Item` as its encoder sees it, pruned parts dimmed."""
+    (h, w), merge, patch = item.grid, item.merge, math.isqrt(item.patches.shape[1] // 3)
     rows = item.patches.reshape(-1, merge**2, 3, patch, patch)
     rows = np.where(item.keep[:, None, None, None, None], rows, rows // 4 + 150)
     grid = rows.reshape(h // merge, w // merge, merge, merge, 3, patch, patch)
     return grid.transpose(0, 2, 5, 1, 3, 6, 4).reshape(h * patch, w * patch, 3).astype(np.uint8)
 
 
-def draw(results, patch):
-    """Returns a PIL image with the first samples of each task.
-
-    Args:
-      results: list of `TaskResult`.
-      patch: side of a patch in pixels.
-    """
+def draw(results):
+    """Returns a PIL image with the first samples of each task, of a list of `TaskResult`s."""
     blocks = []
     for result in results:
         few = _PER_ROW.get(result.task, _FEW)
         width = (_WIDTH - 2 * _MARGIN) // few
-        cells = [_cell(result, k, patch, width) for k in range(min(few, len(result.scores)))]
+        cells = [_cell(result, k, width) for k in range(min(few, len(result.scores)))]
         blocks.append((_title(result), cells, width))
     height = sum(2 * _LINE + max(c.height for c in cells) + _MARGIN for _, cells, _ in blocks)
     page = Image.new("RGB", (_WIDTH, height + _MARGIN + 2 * _LINE), _PAPER)
@@ -69,12 +66,17 @@ def _title(result):
     return f"{result.task}:  score {result.scores.mean():.2f},  chance {result.chance:.2f}"
 
 
-def _cell(result, number, patch, width):
-    """Returns one sample: its pictures side by side, and below them the words."""
+def _cell(result, number, width):
+    """Returns one sample: what the first encoder sees, side by side, and below that the words.
+
+    Frames have their times under them where a frame is one view.
+    """
     record, score = result.records[number], result.scores[number]
     rated = _RIGHT if score == 1 else _PARTLY if score else _WRONG
     times, question = _words(record)
-    images = _enlarge([pixels(item, patch) for item in result.samples[number].items], width)
+    views = [item for item in result.samples[number].items if item.encoder == 0]
+    times = times if len(times) == len(views) else [""] * len(views)
+    images = _enlarge([pixels(item) for item in views], width)
     lines = []
     for name, text, color in (
         ("", question, _INK),
@@ -83,10 +85,10 @@ def _cell(result, number, patch, width):
     ):
         lines += [(line, color) for line in _wrap(name + text, width - 2 * _MARGIN)]
     top = max([image.height for image in images], default=0) + _GAP
-    under = _LINE if times else 0
+    under = _LINE if any(times) else 0
     cell = Image.new("RGB", (width, top + under + _LINE * len(lines)), _PAPER)
     pen, x = ImageDraw.Draw(cell), 0
-    for image, time in zip(images, times or [""] * len(images), strict=True):
+    for image, time in zip(images, times, strict=True):
         cell.paste(image, (x, 0))
         pen.text((x, top), time, fill=_FAINT, font=_font(_FONT - 2))
         x += image.width + _GAP

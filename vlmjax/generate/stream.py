@@ -100,6 +100,12 @@ class Stream:
           sampling: a `SamplingConfig`.
           seed: of what is drawn.
         """
+        if processor.show is not None:
+            raise ValueError(
+                "this processor has `picture`: its pictures are cut into views and their tokens "
+                "arranged, which streams do not know; they show frames in native size, pruned "
+                "against the one before. Use generate, or a system without `picture`"
+            )
         limits = dict(capacity=capacity, max_frames=max_frames, max_new_tokens=max_new_tokens)
         for name, value in limits.items():
             if value is not None and value < 1:

@@ -1,6 +1,7 @@
 """The table of `inspect`: what a config trains, how fast, and its bytes; nothing is allocated."""
 
 import functools
+import re
 from typing import NamedTuple
 
 import jax
@@ -9,7 +10,10 @@ from vlmjax import build
 from vlmjax.train.optimizer import make_optimizer, resolve_lr
 from vlmjax.train.step import init_state
 
-ORDER = ("vision", "connector", "llm", "patch", "embed", "blocks", "norm", "head")  # as data flows
+# As data flows. vision_2 comes after vision; what is not here comes last.
+ORDER = ("vision", "connector", "llm")
+ORDER += ("patch", "stem", "stem_norm", "class_token", "registers", "position", "embed_norm")
+ORDER += ("embed", "stage", "tower", "query", "blocks", "extra", "expert", "norm", "head")
 
 
 class Row(NamedTuple):
@@ -40,7 +44,7 @@ def parameter_rows(run):
             moments[name] += _bytes(x)
     rows = {}
     for path in shapes:
-        key = "/".join(path.split("/")[:2]), lrs[path]
+        key = _sub_block(path), lrs[path]
         row = rows.get(key, Row(key[0], 0, lrs[path], 0, 0))
         rows[key] = row._replace(
             count=row.count + shapes[path].size,
@@ -50,9 +54,27 @@ def parameter_rows(run):
     return sorted(rows.values(), key=lambda row: [_place(part) for part in row.name.split("/")])
 
 
+def _sub_block(path):
+    """Returns the name of the row of a parameter; an expert stands apart from its blocks."""
+    expert = path.startswith("llm/blocks/expert/")
+    return "/".join(path.split("/")[: 3 if expert else 2])
+
+
 def _place(part):
-    kind = part.split("_")[0]  # vision_2, vision_3 as vision
-    return (ORDER.index(kind) if kind in ORDER else len(ORDER), part)
+    name = re.sub(r"_\d+$", "", part)
+    return (ORDER.index(name) if name in ORDER else len(ORDER), part)
+
+
+def _layers(model):
+    """Returns {name of a row: layers} of what is stacked."""
+    m = model.llm
+    layers = {"llm/blocks": m.layers, "llm/blocks/expert": m.layers, "llm/extra": m.extra_num}
+    for name, tower in model.encoders.items():
+        depths = enumerate(getattr(tower, "depths", ()))
+        layers |= {f"{name}/stage_{i}": depth for i, depth in depths}
+        layers[f"{name}/blocks"] = getattr(tower, "blocks", 0)
+    layers["connector/blocks"] = getattr(model.connector, "layers", 0)
+    return layers
 
 
 def _bytes(x):
@@ -68,16 +90,13 @@ def _total(name, rows):
 
 def parameter_table(run):
     """Returns the rows as text, with a line for each module and a total."""
-    rows = parameter_rows(run)
-    layers = {"llm/blocks": run.model.llm.layers}
-    for name, tower in run.model.encoders.items():
-        layers |= {f"{name}/blocks": tower.blocks} if hasattr(tower, "blocks") else {}
+    rows, layers = parameter_rows(run), _layers(run.model)
     lines = [("module", "parameters", "", "peak lr", "weights", "optimizer")]
     for module in dict.fromkeys(row.name.split("/")[0] for row in rows):
         inside = [row for row in rows if row.name.split("/")[0] == module]
         lines.append(_line(_total(module, inside)))
         for row in inside:
-            name = "  " + row.name.split("/")[1]
+            name = "  " + row.name.split("/", 1)[1]
             name += f" ({layers[row.name]} layers)" if row.name in layers else ""
             kind, lr = ("frozen", "-") if row.lr is None else ("trained", f"{row.lr:g}")
             lines.append(_line(row._replace(name=name), kind, lr))

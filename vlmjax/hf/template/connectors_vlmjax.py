@@ -14,6 +14,7 @@ from torch import nn
 from .c_abstractor_vlmjax import CAbstractor
 from .layers_vlmjax import (
     MLP,
+    REDUCE,
     Attention,
     DenseStack,
     LayerNorm,
@@ -26,39 +27,6 @@ from .layers_vlmjax import (
     rotate,
 )
 from .sva_vlmjax import SVA
-
-
-def gather(features, units):
-    """Returns ([B, U, G, C], bool[B, U, G]): the features of each unit, and which may be seen.
-
-    Args:
-      features: [B, P, C].
-      units: i64[B, U, G]; -1 = none, which gives zeros; -2 - slot: there, but not to be seen.
-    """
-    rows = torch.arange(len(units), device=units.device)[:, None, None]
-    x = features[rows, torch.where(units < -1, -2 - units, units.clamp(min=0))]
-    return torch.where((units != -1)[..., None], x, 0), units >= 0
-
-
-def mean(x, mask, weights=None):
-    """Returns [..., C]: the mean of [..., G, C] over the present, in f32; of none, 0."""
-    total = torch.where(mask[..., None], x.float(), 0).sum(-2)
-    return (total / mask.sum(-1, keepdim=True).clamp(min=1)).to(x.dtype)
-
-
-def maximum(x, mask, weights=None):
-    """Returns [..., C]: the largest of each channel over the present; of none, 0."""
-    top = torch.where(mask[..., None], x, torch.finfo(x.dtype).min).amax(-2)
-    return torch.where(mask.any(-1, keepdim=True), top, 0)
-
-
-def weighted(x, mask, weights):
-    """Returns [..., C]: the sum over G of weights [..., G] times [..., G, C], in f32."""
-    weights = torch.where(mask, weights.float(), 0)[..., None]
-    return (weights * x.float()).sum(-2).to(x.dtype)
-
-
-REDUCE = {"mean": mean, "max": maximum, "weighted": weighted}
 
 
 class MLPConnector(DenseStack):

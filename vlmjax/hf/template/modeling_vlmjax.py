@@ -19,9 +19,9 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_vlmjax import VLMJaxConfig
-from .connectors_vlmjax import CONNECTORS, REDUCE, gather
+from .connectors_vlmjax import CONNECTORS
 from .decoder_vlmjax import Decoder
-from .layers_vlmjax import put, take
+from .layers_vlmjax import REDUCE, gather, put, take
 from .sva_vlmjax import SVABlock
 from .vision_vlmjax import TOWERS
 
@@ -86,7 +86,7 @@ class VLMJaxForConditionalGeneration(PreTrainedModel, GenerationMixin):
         weights = [visual.get(f"unit_weights_{k}") for k in range(len(sources))]
         weights = None if weights[0] is None else weights
         size = visual.get("unit_sizes_0")
-        read = self.connector.sources(x, mask) if self.config.llm.extra_num else None
+        read = self.connector.sources(x, mask, weights) if self.config.llm.extra_num else None
         tokens = self.connector(x, mask, size, weights).flatten(1, 2)
         if "pool_index" in visual:
             pooled = gather(tokens, visual["pool_index"])

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .layers_vlmjax import Dense, DenseStack, LayerNorm, Specials, Table, attend, dense
+from .layers_vlmjax import Dense, DenseStack, LayerNorm, Specials, Table, attend, dense, weighted
 
 
 class Read(nn.Module):
@@ -82,22 +82,33 @@ class SVA(nn.Module):
         self.specials = Specials(cfg.specials, D)
 
     def forward(self, x, mask, size=None, weights=None):
-        sources = self.sources(x, mask)
+        sources = self.sources(x, mask, weights)
         y = self.query.embedding.to(sources[2].dtype)
         y = y.expand(*sources[2].shape[:2], self.cfg.side**2, y.shape[-1])
         for block in self.blocks:
             y = block(y, sources)
         return self.out(y)
 
-    def sources(self, x, mask):
+    def sources(self, x, mask, weights=None):
         """Returns (latents, masks, context) that every block reads, also those in the decoder."""
 
         def cut(a, side):
             return a.reshape(*a.shape[:2], self.cfg.side**2, side**2, *a.shape[3:])
 
+        if self.cfg.reduce == "weighted":
+            merged = [
+                self.merge(k, *each) for k, each in enumerate(zip(x, mask, weights, strict=True))
+            ]
+            x, mask = zip(*merged, strict=True)
         latents = [getattr(self, f"tower_{k}")(f) for k, f in enumerate(x)]
         context = latents[0].float().mean(2, keepdim=True).to(latents[0].dtype)
         masks = [cut(m, side) for m, side in zip(mask, self.cfg.windows, strict=True)]
         masks = [m | ~m.any(-1, keepdim=True) for m in masks]
         latents = [cut(f, side) for f, side in zip(latents, self.cfg.windows, strict=True)]
         return latents, masks, context
+
+    def merge(self, k, x, mask, weights):
+        """Returns the sums [B, I, places, C] of tower k, and which of them may be seen."""
+        shape = (*mask.shape[:2], (self.cfg.side * self.cfg.windows[k]) ** 2, -1)
+        x, mask = x.reshape(*shape, x.shape[-1]), mask.reshape(shape)
+        return weighted(x, torch.ones_like(mask), weights.reshape(shape)), mask.any(-1)

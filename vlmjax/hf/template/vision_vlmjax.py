@@ -158,7 +158,7 @@ class ViT(nn.Module):
         self.out_width = D
 
     def forward(self, pixels, segments, coords):
-        """Returns [B, P, D], 0 at padding; or [B, I * grid^2, D] on the grid of the config.
+        """Returns [B, P, D], 0 at padding.
 
         Args:
           pixels: u8[B, P, 3 p p].
@@ -179,8 +179,7 @@ class ViT(nn.Module):
         x = x if self.norm is None else self.norm(x)
         out = x.new_zeros(B * P, x.shape[-1])
         out[slots[there]] = x[there]
-        out = out.reshape(B, P, -1)
-        return self.resize(out) if cfg.grid else out
+        return out.reshape(B, P, -1)
 
     def embed(self, x, coords, there):
         """Returns embedded patches [V, L, D] with the prefix in its slots, and positions."""
@@ -194,13 +193,6 @@ class ViT(nn.Module):
             table = self.position.embedding
             x = x + sample_positions(table, self.cfg.position, coords, there).to(x.dtype)
         return x if self.embed_norm is None else self.embed_norm(x)
-
-    def resize(self, x):
-        """Returns [B, I * grid^2, D] of whole views [B, P, D], without their prefix."""
-        cfg, (B, _, D) = self.cfg, x.shape
-        views = x.reshape(B, -1, cfg.prefix + cfg.side**2, D)[:, :, cfg.prefix :]
-        views = views.reshape(B, -1, cfg.side, cfg.side, D)
-        return resized(views, cfg.grid).reshape(B, -1, D)
 
 
 class ConvBlock(nn.Module):
