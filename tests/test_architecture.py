@@ -34,6 +34,7 @@ LAYERS = {
     "vlmjax.vlm": 3,
     "vlmjax.train.optimizer": 3,  # a config section and the pure step, which know no model
     "vlmjax.train.moments": 3,
+    "vlmjax.compatible": 4,
     "vlmjax.build": 4,
     "vlmjax.objectives": 4,
     "vlmjax.hf": 4,

@@ -42,7 +42,7 @@ ROUNDED = {
     ("llava_next", "size=vicuna_7b", "connector"): (21, 1),
     ("llava_next", "size=vicuna_13b", "connector"): (31.5, 0.1),
     ("llava_next", "size=hermes_yi_34b", "connector"): (58.7, 0.1),
-    ("cambrian_1", "size=8b", "vision_4"): (843.4, 5),  # with the pooled head of classification
+    ("cambrian_1", "size=8b", "vision_4"): (843.4, 0.1),
 }
 
 

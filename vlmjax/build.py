@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from vlmjax import nn, sharding
+from vlmjax import compatible, nn, sharding
 from vlmjax.batch import Budget
 from vlmjax.connectors import CONNECTORS
 from vlmjax.data.picture import PictureConfig, Show, row_budget
@@ -213,16 +213,19 @@ def resolve(config):
             f"config: unknown keys {unknown}, missing keys {missing}; a config has "
             f"exactly {sorted(allowed)}"
         )
+    model = model_config(values["model"])
+    processor = section(ProcessorConfig, values["processor"], "processor")
+    compatible.check(model, processor.picture)
     return Run(
         stage=values["stage"],
-        model=model_config(values["model"]),
+        model=model,
         init=values["init"],
         objective=values["objective"],
         lr=tuple(tuple(row) for row in values["lr"]),
         optim=section(OptimConfig, values["optim"], "optim"),
         train=section(TrainConfig, values["train"], "train"),
         data=section(DataConfig, values["data"], "data"),
-        processor=section(ProcessorConfig, values["processor"], "processor"),
+        processor=processor,
         mesh=values["mesh"],
         eval=values["eval"],
     )
