@@ -62,6 +62,11 @@ class Tokenizer:
             )
         return index
 
+    @property
+    def reserved(self) -> set[int]:
+        """Ids of the special tokens, which text never becomes."""
+        return self._reserved
+
     def has(self, token: str) -> bool:
         return self._backend.token_to_id(token) is not None
 

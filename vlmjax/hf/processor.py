@@ -245,7 +245,8 @@ def _placeholders(system, tokenizer: Tokenizer, raw: dict) -> tuple[str, str]:
                 f"the tokenizer has no {internvl.CONTEXT}; it stands where images are; use the "
                 "tokenizer of the released model"
             )
-        return internvl.CONTEXT, internvl.CONTEXT
+        video = internvl.VIDEO if tokenizer.has(internvl.VIDEO) else internvl.CONTEXT
+        return internvl.CONTEXT, video
     ids = llava.placeholders(raw) if system is llava else {}
     found = {name: tokenizer.hf.convert_ids_to_tokens(i) for name, i in ids.items()}
     unknown = tokenizer.hf.unk_token or tokenizer.hf.pad_token or tokenizer.hf.eos_token

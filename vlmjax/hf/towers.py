@@ -106,6 +106,7 @@ INTERNVIT_TRANSFORMERS = (
     ("blocks/attn/k_norm/scale", "encoder.layer.{}.attention.k_norm.weight", "D -> D"),
     ("blocks/attn_scale/scale", "encoder.layer.{}.lambda_1", "D -> D"),
     ("blocks/mlp_scale/scale", "encoder.layer.{}.lambda_2", "D -> D"),
+    *_both("norm", "layernorm"),  # without use_mean_pooling
 )
 EVA2 = (  # CogVLM2 and GLM-4V; the norms of a block are named after where others have them
     ("class_token/embedding", "patch_embedding.cls_embedding", "1 D -> 1 D"),
