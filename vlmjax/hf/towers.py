@@ -5,6 +5,7 @@ those of a configuration and refuses leaves without one. Keys are relative to th
 """
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -195,6 +196,7 @@ def unused(cfg: ViTConfig | ConvNeXtConfig, layout: str, key: str) -> bool:
     return any(key in row.keys for row in rows(whole, layout))
 
 
+@functools.lru_cache(maxsize=64)
 def _shapes(cfg) -> dict[str, tuple]:
     """path -> shape of each leaf of a tower."""
     make = ConvNeXt if isinstance(cfg, ConvNeXtConfig) else ViT
