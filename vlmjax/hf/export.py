@@ -9,9 +9,9 @@ import numpy as np
 from vlmjax.data.processor import ProcessorConfig
 from vlmjax.data.templates import TEMPLATES
 from vlmjax.data.tokenizer import Tokenizer
+from vlmjax.hf import internvl
 from vlmjax.hf.classes import Fit, find_class
 from vlmjax.hf.config import CONFIG, make_config
-from vlmjax.hf.internvl import MARKS
 from vlmjax.hf.processor import (
     IMAGE_TOKEN,
     VIDEO_TOKEN,
@@ -171,7 +171,7 @@ def _native(config: ProcessorConfig) -> str:
 
 def _identity(cfg: VLMConfig, fit: Fit, dtype: np.dtype) -> list[Tensor]:
     """The norm of CLIP and SigLIP behind the blocks, which no feature passes."""
-    if fit.kind == "internvl":
+    if fit.kind == internvl.KIND:
         return []
     prefix, shape = LAYOUTS[fit.layout].prefixes["vision"], (cfg.vision.width,)
     return [
@@ -190,7 +190,10 @@ def _with_ids(config: dict, ids: dict, dtype: str) -> dict:
 def _write_pictures(out_dir, cfg, tokenizer, config: ProcessorConfig, fit: Fit):
     tokens = {"image": config.image_token, "video": config.video_token}
     processor = fit.system.make_processor(fit.kind, cfg, fit.show, tokens)
-    named = fit.system.named_tokens(tokens) if fit.kind == "internvl" else {}
+    named = {}
+    if fit.kind == internvl.KIND:  # a video has a token of its own in text, none in the sequence
+        tokens["video"] = internvl.VIDEO if tokenizer.has(internvl.VIDEO) else tokens["video"]
+        named = internvl.named_tokens(tokens)
     write_picture_processor(out_dir, tokenizer, config, fit.sections, processor, named)
 
 
@@ -200,7 +203,7 @@ def _token_ids(tokenizer: Tokenizer, config: ProcessorConfig) -> dict:
         ids = {name: tokenizer.id(token) for name, token in SPECIAL.items()}
         return ids | {"stops": [ids["eos"], ids["pad"]]}
     template, known = TEMPLATES[config.template], tokenizer.hf
-    taken = {*template.controls, *template.stops, *MARKS}
+    taken = {*template.controls, *template.stops, *internvl.MARKS}
     for name in ("image_token", "video_token"):
         token = getattr(config, name)
         if token in taken or tokenizer.id(token) not in tokenizer.reserved:

@@ -122,7 +122,7 @@ def write_picture_processor(
     name = {"processor_class": processor["processor_class"]}
     more = dict(named and {"extra_special_tokens": dict(named), **named})
     _write_tokenizer(directory, tokenizer, name | more)
-    tokens = config.image_token, config.video_token
+    tokens = config.image_token, named.get("video_token", config.video_token)
     template = make_chat_template(TEMPLATES[config.template], *tokens)
     (directory / TEMPLATE).write_text(template)
     _write_sections(directory, *sections, processor | {OURS: dataclasses.asdict(config)}, name)
@@ -245,8 +245,7 @@ def _placeholders(system, tokenizer: Tokenizer, raw: dict) -> tuple[str, str]:
                 f"the tokenizer has no {internvl.CONTEXT}; it stands where images are; use the "
                 "tokenizer of the released model"
             )
-        video = internvl.VIDEO if tokenizer.has(internvl.VIDEO) else internvl.CONTEXT
-        return internvl.CONTEXT, video
+        return internvl.CONTEXT, internvl.CONTEXT
     ids = llava.placeholders(raw) if system is llava else {}
     found = {name: tokenizer.hf.convert_ids_to_tokens(i) for name, i in ids.items()}
     unknown = tokenizer.hf.unk_token or tokenizer.hf.pad_token or tokenizer.hf.eos_token
