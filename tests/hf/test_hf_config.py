@@ -111,7 +111,7 @@ def _changed(section, **settings):
         (FIVE | {"quantization_config": {"bits": 4}}, "quantised"),
         (HUB | {"mm_projector_type": "linear"}, "mm_projector_type='linear'"),
         (HUB | {"vision_encoder_config": None}, "vision_encoder_config"),
-        ({"model_type": "llava"}, "supported are video_llama_3, videollama3_qwen2"),
+        ({"model_type": "blip_2"}, "supported are video_llama_3, videollama3_qwen2"),
         ({"model_type": "qwen2"}, "describes llm and not 'vision'"),
     ],
 )

@@ -7,142 +7,137 @@ import json
 from pathlib import Path
 
 from vlmjax.connectors.mlp import MLPConfig
-from vlmjax.hf import remote
-from vlmjax.hf.llm_config import TEXT_DEFAULTS, make_llm, need, read_llm, rope_theta
+from vlmjax.hf import internvl, llava, llava_original, remote
+from vlmjax.hf.llm_config import TEXT_DEFAULTS, make_llm, need, read_llm
+from vlmjax.hf.pixels import read_sections
+from vlmjax.hf.vision_config import ACTIVATIONS, SILENT, VISION_DEFAULTS, read_vision
 from vlmjax.llm.decoder import DecoderConfig
 from vlmjax.vision.vit import ViTConfig
 from vlmjax.vlm import VLMConfig
 
 CONFIG = "config.json"
 
-# What transformers fills in where a config.json is silent (it leaves out values equal to the
-# defaults of the class).
-VISION_DEFAULTS = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "num_channels": 3,
-    "patch_size": 16,
-    "hidden_act": "gelu_pytorch_tanh",
-    "layer_norm_eps": 1e-6,
-    "attention_dropout": 0.0,
-}
-ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-
 
 def read_config(directory) -> VLMConfig:
     """The configuration of a full checkpoint."""
     if remote.is_remote(directory):
         return remote.read_config(directory)
-    return VLMConfig(
-        **{
-            module: read_module_config(directory, module)
-            for module in ("vision", "connector", "llm")
-        }
-    )
+    parts = _parts(directory)
+    for name in ("vision", "connector", "llm"):
+        _need_part(parts, name, directory)
+    return VLMConfig(**parts)
 
 
 def read_max_position(directory) -> int | None:
     """The longest sequence that a full checkpoint says it takes, None if it says nothing."""
-    raw = json.loads((Path(directory) / CONFIG).read_text())
-    return (raw.get("text_config") or raw).get("max_position_embeddings")
+    raw = read_raw(directory)
+    text = raw.get("text_config") or raw.get("llm_config") or raw
+    return text.get("max_position_embeddings")
 
 
 def read_module_config(directory, module: str) -> ViTConfig | MLPConfig | DecoderConfig:
     """The configuration of one module (vision, connector or llm) in any supported directory."""
     if remote.is_remote(directory):
         return getattr(remote.read_config(directory), module)
+    parts = _parts(directory)
+    _need_part(parts, module, directory)
+    return parts[module]
+
+
+def read_raw(directory) -> dict:
+    """The content of config.json."""
     file = Path(directory) / CONFIG
     if not file.is_file():
         raise ValueError(
             f"{directory} has no {CONFIG}; a checkpoint is a directory with one; point to such a "
             "directory"
         )
-    sections = _sections(json.loads(file.read_text()), file)
-    if module not in sections:
+    return json.loads(file.read_text())
+
+
+def system_of(raw: dict):
+    """The module that knows the pictures of a checkpoint; None for VideoLLaMA3 and for parts."""
+    if llava_original.is_original(raw):
+        return llava_original
+    kind = raw.get("model_type")
+    if kind in (internvl.KIND, internvl.ORIGINAL):
+        return internvl
+    return llava if kind in llava.DEFAULTS else None
+
+
+def _need_part(parts: dict, name: str, directory):
+    if name not in parts:
         raise ValueError(
-            f"{file} describes {', '.join(sections)} and not {module!r}; whole models have vision, "
-            "connector and llm; "
-            "name a module it holds or another directory"
+            f"{Path(directory) / CONFIG} describes {', '.join(parts)} and not {name!r}; whole "
+            "models have vision, connector and llm; name a module it holds or another directory"
         )
-    return PARSERS[module](sections[module], file)
 
 
-def _sections(raw: dict, file: Path) -> dict[str, dict]:
-    """module -> the part of config.json that describes it."""
+def _parts(directory) -> dict:
+    """The fields of a `VLMConfig` that config.json describes."""
+    file, raw = Path(directory) / CONFIG, read_raw(directory)
     kind = raw.get("model_type")
     if raw.get("quantization_config"):
         raise ValueError(
             f"{file} is of a quantised model; only float weights are read; use the original "
             "checkpoint"
         )
-    if kind == "video_llama_3":
-        text = {"model_type": "qwen2", **raw.get("text_config", {})}
-        tie = raw.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
-        return {
-            "vision": raw.get("vision_config", {}),
-            "connector": {},
-            "llm": text | {"tie_word_embeddings": tie},
-        }
-    if kind == "videollama3_qwen2":
-        need(raw, file, "mm_projector_type", "mlp2x_gelu")
-        if not raw.get("vision_encoder_config"):
-            raise ValueError(
-                f"{file} has no vision_encoder_config; sizes of the tower are read from there; "
-                "copy the config.json of the encoder into that field"
-            )
-        return {
-            "vision": raw["vision_encoder_config"],
-            "connector": raw,
-            "llm": raw | {"model_type": "qwen2"},
-        }
-    if kind == "siglip":
-        return {"vision": raw.get("vision_config", {})}
-    if kind in ("siglip_vision_model", "video_llama_3_vision", "videollama3_vision_encoder"):
-        return {"vision": raw}
+    if system := system_of(raw):
+        return system.read(raw, file, read_sections(Path(directory)))
+    if kind in VIDEOLLAMA3:
+        return VIDEOLLAMA3[kind](raw, file)
+    if kind in BARE_TOWERS:
+        return {"vision": _bare_tower(raw, file)}
     if kind in TEXT_DEFAULTS:
-        return {"llm": raw}
+        return {"llm": read_llm(raw, file)}
+    known = (*llava.DEFAULTS, *llava_original.DECODERS, internvl.KIND, internvl.ORIGINAL)
     raise ValueError(
-        f"{file} has model_type {kind!r}; supported are video_llama_3, videollama3_qwen2, siglip, "
-        "siglip_vision_model, "
-        f"video_llama_3_vision, videollama3_vision_encoder, {', '.join(TEXT_DEFAULTS)}; convert "
-        "the checkpoint to one of them"
+        f"{file} has model_type {kind!r}; supported are "
+        f"{', '.join(dict.fromkeys((*VIDEOLLAMA3, *known, *BARE_TOWERS, *TEXT_DEFAULTS)))}; "
+        "convert the checkpoint to one of them"
     )
 
 
-def _vision(section: dict, file: Path) -> ViTConfig:
-    c = VISION_DEFAULTS | section
-    if c["hidden_act"] not in ACTIVATIONS:
-        need(c, file, "hidden_act", " or ".join(ACTIVATIONS))
-    need(c, file, "num_channels", 3)
-    need(c, file, "attention_dropout", 0)
-    patch = c["patch_size"]
-    if not isinstance(patch, int):
-        sides = set(patch)
-        patch = sides.pop()
-        if sides:
-            raise ValueError(
-                f"{file} has patch_size {c['patch_size']}; patches are square; use another "
-                "checkpoint"
-            )
-    return ViTConfig(
-        width=c["hidden_size"],
-        mlp=c["intermediate_size"],
-        layers=c["num_hidden_layers"],
-        heads=c["num_attention_heads"],
-        patch=patch,
-        act=ACTIVATIONS[c["hidden_act"]],
-        eps=c["layer_norm_eps"],
-        rope_theta=rope_theta(c, file, kinds=("axial", "default")),
-    )
+def _video_llama_3(raw: dict, file: Path) -> dict:
+    text = {"model_type": "qwen2", **raw.get("text_config", {})}
+    tie = raw.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
+    return {
+        "vision": _turned(raw.get("vision_config", {}), file),
+        "connector": MLPConfig(layers=2),
+        "llm": read_llm(text | {"tie_word_embeddings": tie}, file),
+    }
 
 
-def _connector(section: dict, file: Path) -> MLPConfig:
-    return MLPConfig(layers=2)
+def _videollama3_qwen2(raw: dict, file: Path) -> dict:
+    need(raw, file, "mm_projector_type", "mlp2x_gelu")
+    if not raw.get("vision_encoder_config"):
+        raise ValueError(
+            f"{file} has no vision_encoder_config; sizes of the tower are read from there; "
+            "copy the config.json of the encoder into that field"
+        )
+    return {
+        "vision": _turned(raw["vision_encoder_config"], file),
+        "connector": MLPConfig(layers=2),
+        "llm": read_llm(raw | {"model_type": "qwen2"}, file),
+    }
 
 
-PARSERS = {"vision": _vision, "connector": _connector, "llm": read_llm}
+def _turned(section: dict, file: Path) -> ViTConfig:
+    """The tower of VideoLLaMA3, with 2-D RoPE."""
+    return read_vision(section | {"model_type": "video_llama_3_vision"}, file)
+
+
+VIDEOLLAMA3 = {"video_llama_3": _video_llama_3, "videollama3_qwen2": _videollama3_qwen2}
+# A bare SigLIP is what VideoLLaMA3 starts from; its table of positions loads where one is wanted.
+TURNED = ("siglip", "siglip_vision_model", "video_llama_3_vision", "videollama3_vision_encoder")
+BARE_TOWERS = (*TURNED, *(k for k in (*SILENT, *VISION_DEFAULTS) if k not in TURNED))
+
+
+def _bare_tower(raw: dict, file: Path) -> ViTConfig:
+    section = raw.get("vision_config", {}) if raw["model_type"] in SILENT else raw
+    if raw["model_type"] in TURNED:
+        return _turned(section, file)
+    return read_vision({"model_type": raw["model_type"]} | section, file)
 
 
 def make_config(cfg: VLMConfig, token_ids: dict[str, int], dtype: str, max_position: int) -> dict:

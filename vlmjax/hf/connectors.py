@@ -228,6 +228,7 @@ def _sva(module):
 LAYOUTS = {
     "llava": lambda m: (_named(m, "projector_layernorm"), {}),
     "llava_original": lambda m: (_sequence(m), {}),
+    "videollama3": lambda m: (_at("", "readout.", _sequence(m)), {}),
     "internvl": lambda m: (_sequence(m), {}),  # mlp1
     "internvl_transformers": lambda m: (_named(m), {}),
     "vila": lambda m: (_sequence(m, start=int(m.cfg.window > 1)), {}),  # 0 is the downsampling

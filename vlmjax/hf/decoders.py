@@ -166,11 +166,6 @@ OPTIONAL = {
     "qk_norm": "none",
     "expert": "none",
 }
-# Constants that old checkpoints store.
-ROTARY = (
-    r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
-    r"model\.layers\.\d+\.attention\.rotary_emb\.inv_freq",
-)
 
 
 def find_kind(keys: Iterable[str], prefix: str = "model.") -> str:

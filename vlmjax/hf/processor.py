@@ -2,22 +2,42 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from vlmjax.data.processor import ProcessorConfig
+from vlmjax.data.templates import TEMPLATES
 from vlmjax.data.tokenizer import Tokenizer
-from vlmjax.hf import remote
+from vlmjax.hf import internvl, llava, llava_original, remote
+from vlmjax.hf.chat_template import find_template, make_chat_template
+from vlmjax.hf.config import CONFIG, read_config, system_of
+from vlmjax.hf.pixels import IMAGE, PROCESSOR, VIDEO, read_json, read_sections
 
 IMAGE_TOKEN, VIDEO_TOKEN = (
     "<|image_pad|>",
     "<|video_pad|>",
 )  # fixed in transformers' VideoLlama3Processor
-PROCESSOR, IMAGE, VIDEO = (
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-)
 TEMPLATE = "chat_template.jinja"
+# Template of conversations where the checkpoint does not show one that we have.
+DEFAULT_TEMPLATES = {
+    "llava": "vicuna",
+    "llava_llama": "vicuna",
+    "llava_mistral": "mistral",
+    "llava_qwen": "qwen",
+    "llava_next": "vicuna",
+    "llava_next_video": "vicuna",
+    "llava_onevision": "qwen",
+    "internvl": "chatml",
+}
+# What OpenGVLab calls the templates of its models.
+ORIGINAL_TEMPLATES = {
+    "internlm2-chat": "chatml",
+    "Hermes-2": "chatml",
+    "internvl2_5": "chatml",
+    "phi3-chat": "phi3",
+}
+# Models with `picture` show so many frames of a video, unless told otherwise.
+MAX_FRAMES = 32
 # Section of processor_config.json with every field of ours; transformers passes over it.
 OURS = "vlmjax"
 
@@ -80,12 +100,41 @@ def write_processor(directory, tokenizer: Tokenizer, config: ProcessorConfig):
         "use_token_compression": config.compression,
     }
     ours = dataclasses.asdict(config) | {"image_token": IMAGE_TOKEN, "video_token": VIDEO_TOKEN}
+    _write_sections(directory, image, video, name | {OURS: ours}, name)
+
+
+def write_picture_processor(
+    directory,
+    tokenizer: Tokenizer,
+    config: ProcessorConfig,
+    sections: tuple[dict, dict],
+    processor: dict,
+    named: Mapping[str, str],
+):
+    """The same for models that are shown views of a picture.
+
+    Args:
+      sections: of images and of videos; {} without videos.
+      processor: what the processor class of transformers takes, its name included.
+      named: tokens that this class asks the tokenizer for, by the name of the attribute.
+    """
+    directory = Path(directory)
+    name = {"processor_class": processor["processor_class"]}
+    more = dict(named and {"extra_special_tokens": dict(named), **named})
+    write_tokenizer(directory, tokenizer, name | more)
+    tokens = config.image_token, named.get("video_token", config.video_token)
+    template = make_chat_template(TEMPLATES[config.template], *tokens)
+    (directory / TEMPLATE).write_text(template)
+    _write_sections(directory, *sections, processor | {OURS: dataclasses.asdict(config)}, name)
+
+
+def _write_sections(directory: Path, image: dict, video: dict, processor: dict, name: dict):
+    sections = {"image_processor": image}
     _write(directory / IMAGE, image | name)
-    _write(directory / VIDEO, video | name)
-    _write(
-        directory / PROCESSOR,
-        {"image_processor": image, "video_processor": video, OURS: ours} | name,
-    )
+    if video:
+        sections["video_processor"] = video
+        _write(directory / VIDEO, video | name)
+    _write(directory / PROCESSOR, sections | processor)
 
 
 def write_tokenizer(directory, tokenizer: Tokenizer, more: dict):
@@ -120,27 +169,73 @@ def _pixels(config: ProcessorConfig, merge: int) -> dict:
     }
 
 
-def load_processor(directory) -> tuple[Tokenizer, ProcessorConfig]:
-    """Tokenizer and settings of our exports, and of both kinds of released VideoLLaMA3."""
+def load_processor(directory, template: str | None = None) -> tuple[Tokenizer, ProcessorConfig]:
+    """Tokenizer and settings of our exports and of every kind of checkpoint that `hf` reads.
+
+    Args:
+      directory: with the processor files beside the weights.
+      template: of conversations, a key of `data.templates.TEMPLATES`. When absent: that of our
+        export, the one whose text the chat template of the checkpoint renders, or the usual one of
+        its model_type (`DEFAULT_TEMPLATES`).
+    """
     directory = Path(directory)
     if remote.is_remote(directory):
         return load_remote(directory)
     tokenizer = Tokenizer(directory)
-    processor = _read(directory / PROCESSOR)
+    processor, raw = read_json(directory / PROCESSOR), read_json(directory / CONFIG)
     if OURS in processor:
-        return tokenizer, ProcessorConfig(**processor[OURS])
-    image = processor.get("image_processor") or _read(directory / IMAGE)
-    if not image:
+        config = ProcessorConfig(**_frozen(processor[OURS]))
+        return tokenizer, dataclasses.replace(config, template=template or config.template)
+    sections = read_sections(directory)
+    system = system_of(raw)
+    if not sections[0] and system not in (llava_original, internvl):
         raise ValueError(
             f"{directory} has no {PROCESSOR} with an image_processor and no {IMAGE}; one of them "
             "says how pixels are prepared; "
             "copy it beside the weights"
         )
+    if system:
+        return tokenizer, _pictures(directory, tokenizer, raw, sections, template)
+    if template is not None:
+        raise ValueError(
+            f"template={template!r} is given for {directory}, a VideoLLaMA3, which has one "
+            "template; leave it out"
+        )
+    image, video = sections
     _need_half(image, directory)
     if "max_tokens" in image:
         return tokenizer, _original(directory, tokenizer, image, processor)
-    return tokenizer, _transformers(
-        image, processor.get("video_processor") or _read(directory / VIDEO)
+    return tokenizer, _transformers(image, video)
+
+
+def _frozen(value):
+    """Lists as tuples, as settings are written in Python."""
+    if isinstance(value, dict):
+        return {k: _frozen(v) for k, v in value.items()}
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def _pictures(directory: Path, tokenizer, raw, sections, template) -> ProcessorConfig:
+    """Settings of a model that is shown views of a picture."""
+    system, cfg = system_of(raw), read_config(directory)
+    images, videos = _placeholders(system, tokenizer, raw)
+    if template is None:
+        jinja = read_json(directory / "chat_template.json").get("chat_template")
+        kind = raw["model_type"]
+        usual = DEFAULT_TEMPLATES.get(kind, ORIGINAL_TEMPLATES.get(raw.get("template")))
+        if kind == internvl.ORIGINAL and usual is None:
+            raise ValueError(
+                f"{directory} has the template {raw.get('template')!r}; known here are "
+                f"{sorted(ORIGINAL_TEMPLATES)}; give template, one of {sorted(TEMPLATES)}"
+            )
+        template = find_template(tokenizer, images, jinja) or usual
+    return ProcessorConfig(
+        patch=cfg.vision.patch,
+        image_token=images,
+        video_token=videos,
+        max_frames=MAX_FRAMES,
+        template=template,
+        picture=system.picture(raw, directory / CONFIG, sections, cfg.vision),
     )
 
 
@@ -150,7 +245,25 @@ def load_remote(directory: Path) -> tuple[Tokenizer, ProcessorConfig]:
 
     how = dict(config=PreTrainedConfig(), trust_remote_code=False, local_files_only=True)
     tokenizer = Tokenizer(AutoTokenizer.from_pretrained(str(directory), **how))
-    return tokenizer, ProcessorConfig(**remote.frozen(_read(directory / PROCESSOR)[OURS]))
+    return tokenizer, ProcessorConfig(**remote.frozen(read_json(directory / PROCESSOR)[OURS]))
+
+
+def _placeholders(system, tokenizer: Tokenizer, raw: dict) -> tuple[str, str]:
+    """The tokens that stand where images and videos are; any will do, the model never sees them."""
+    if system is internvl:
+        if not tokenizer.has(internvl.CONTEXT):
+            raise ValueError(
+                f"the tokenizer has no {internvl.CONTEXT}; it stands where images are; use the "
+                "tokenizer of the released model"
+            )
+        return internvl.CONTEXT, internvl.CONTEXT
+    ids = llava.placeholders(raw) if system is llava else {}
+    found = {name: tokenizer.hf.convert_ids_to_tokens(i) for name, i in ids.items()}
+    unknown = tokenizer.hf.unk_token or tokenizer.hf.pad_token or tokenizer.hf.eos_token
+    for name, usual in (("image_token", "<image>"), ("video_token", "<video>")):
+        if found.get(name) is None:
+            found[name] = usual if tokenizer.has(usual) else found.get("image_token") or unknown
+    return found["image_token"], found["video_token"]
 
 
 def _original(
@@ -168,7 +281,7 @@ def _original(
         video_token="<image>" if own else VIDEO_TOKEN,
         fps=float(processor.get("fps") or 1.0),
         max_frames=processor.get("max_frames", 180),
-        compression=bool(_read(directory / "config.json").get("use_token_compression", False)),
+        compression=bool(read_json(directory / "config.json").get("use_token_compression", False)),
     )
 
 
@@ -215,10 +328,6 @@ def _need_half(image: dict, directory: Path):
                 "with mean and std 0.5; "
                 "use the preprocessor_config.json of the released model"
             )
-
-
-def _read(file: Path) -> dict:
-    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def _write(file: Path, content: dict):

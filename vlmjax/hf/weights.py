@@ -1,7 +1,6 @@
 """Parameters from and to checkpoint directories, strictly: all that does not fit is one error."""
 
 import dataclasses
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -9,10 +8,10 @@ import numpy as np
 
 from vlmjax.hf import remote
 from vlmjax.hf.config import CONFIG, read_config, read_module_config
-from vlmjax.hf.decoders import HEADS, find_kind
+from vlmjax.hf.decoders import find_kind
+from vlmjax.hf.systems import LAYOUTS, MODULES, find_layout, part_of, rows
 from vlmjax.hf.table import Row, by_key
 from vlmjax.hf.tensors import DTYPES, Tensor, TensorDirectory
-from vlmjax.hf.videollama3 import LAYOUTS, MODULES, find_layout, rows
 from vlmjax.nn import unflatten
 from vlmjax.vlm import VLMConfig
 
@@ -40,8 +39,7 @@ def load_params(directory, cfg: VLMConfig | None = None, dtype=None) -> dict:
     """All parameters of a full checkpoint as a nested dict of numpy arrays.
 
     Args:
-      directory: a transformers VideoLlama3 directory, or one in the trust_remote_code or training
-        layout.
+      directory: in one of `systems.LAYOUTS` that holds a whole model.
       cfg: what the parameters must fit; read from the directory when absent.
       dtype: float32, bfloat16 or float16; None keeps each tensor as it is stored.
     """
@@ -51,9 +49,10 @@ def load_params(directory, cfg: VLMConfig | None = None, dtype=None) -> dict:
 
 def load_module(module: str, directory, cfg: VLMConfig, dtype=None) -> dict:
     """The parameters under one top-level name, from any layout that holds it."""
-    if module not in MODULES:
+    known = (*cfg.encoders, "connector", "llm")
+    if module not in known:
         raise ValueError(
-            f"unknown module {module!r}; modules are {', '.join(MODULES)}; name one of them"
+            f"unknown module {module!r}; modules are {', '.join(known)}; name one of them"
         )
     return _load(directory, cfg, (module,), dtype)[module]
 
@@ -63,7 +62,7 @@ def _load(directory, cfg: VLMConfig, modules: Iterable[str], dtype) -> dict:
         return _load_remote(directory, cfg, modules, dtype)
     tensors = TensorDirectory(directory)
     layout = find_layout(tensors)
-    absent = [m for m in modules if m not in LAYOUTS[layout].prefixes]
+    absent = [m for m in modules if part_of(m) not in LAYOUTS[layout].prefixes]
     if absent:
         raise ValueError(
             f"{directory} has the layout {layout!r}, which holds "
@@ -112,14 +111,13 @@ def _check_config(directory, cfg: VLMConfig, modules):
     for module in modules:
         if module == "connector":
             continue
-        want, have = (
-            dataclasses.asdict(c)
-            for c in (getattr(cfg, module), read_module_config(directory, module))
-        )
+        ours = cfg.llm if module == "llm" else cfg.encoders[module]
+        theirs = read_module_config(directory, part_of(module))
+        want, have = map(dataclasses.asdict, (ours, theirs))
         problems += [
             f"{module}.{name} is {have[name]} there and {want[name]} here"
             for name in UNSEEN
-            if name in want and want[name] != have[name]
+            if name in want and name in have and want[name] != have[name]
         ]
     if problems:
         raise ValueError(
@@ -133,17 +131,17 @@ def _check_tensors(
     tensors: TensorDirectory, table: list[Row], layout: str, modules, cfg: VLMConfig
 ):
     shapes = {key: row.stored_shape for row in table for key in row.keys}
-    dropped = re.compile("|".join(LAYOUTS[layout].dropped) or r"(?!)")
-    tied_head = {key for key in HEADS if cfg.llm.tie and "llm" in modules and key in tensors}
+    where = LAYOUTS[layout]
+    tied_head = {k for k in where.heads if "llm" in modules and cfg.llm.tie and k in tensors}
     expected = shapes.keys() | tied_head
-    foreign = set(LAYOUTS[layout].prefixes) - set(modules)
+    foreign = set(where.prefixes) - set(map(part_of, modules))
     missing = [key for key in shapes if key not in tensors]
     unexpected = [
         key
         for key in tensors
         if key not in expected
-        and not dropped.fullmatch(key)
-        and LAYOUTS[layout].owner(key) not in foreign
+        and where.owner(key) not in foreign
+        and not where.unused(key, cfg, modules)
     ]
     wrong = [
         f"{key} {list(tensors.shape(key))} instead of {list(shape)}"
@@ -202,9 +200,11 @@ def _float(dtype) -> np.dtype:
     return known[name]
 
 
-def export_tensors(cfg: VLMConfig, params: Mapping, dtype=None) -> list[Tensor]:
-    """The tensors of the transformers layout."""
-    return table_tensors(rows(cfg, "transformers"), params, dtype)
+def export_tensors(
+    cfg: VLMConfig, params: Mapping, dtype=None, layout: str = "videollama3"
+) -> list[Tensor]:
+    """The tensors of a layout."""
+    return table_tensors(rows(cfg, layout), params, dtype)
 
 
 def table_tensors(table: list[Row], params: Mapping, dtype=None) -> list[Tensor]:
