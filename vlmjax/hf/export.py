@@ -103,29 +103,11 @@ def save_pretrained(
     if format not in (None, "transformers", "remote"):
         raise ValueError(f"format={format!r} is unknown; use 'transformers', 'remote' or None")
     out_dir = Path(out_dir)
-    if tokenizer.size > cfg.llm.vocab:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.size} tokens and the embedding {cfg.llm.vocab} rows; "
-            "every token needs a row; export with the tokenizer the model was trained with"
-        )
-    if processor_config.picture is None and processor_config.patch != cfg.vision.patch:
-        raise ValueError(
-            f"the processor cuts patches of {processor_config.patch} and the model takes "
-            f"{cfg.vision.patch}; they must agree; change one of them"
-        )
-    fit = reason = None
-    if format != "remote":
-        try:
-            ids = _token_ids(tokenizer, processor_config)
-            fit = _fit(cfg, processor_config, ids, max_position)
-        except ValueError as e:
-            if format == "transformers":
-                raise
-            reason = e
-    if format == "remote" or reason:
-        print(f"exported with our own code; {reason}" if reason else "exported with our own code")
+    decided = _decide(format, cfg, processor_config, tokenizer, max_position)
+    if decided is None:
         how = dtype, generation, model_name, card, max_position, max_shard_size
         return remote_export.save(out_dir, cfg, params, tokenizer, processor_config, *how)
+    ids, fit = decided
     tensors = export_tensors(cfg, params, dtype, fit.layout if fit else "videollama3")
     kinds = sorted({t.dtype.name for t in tensors})
     kind = kinds[0] if len(kinds) == 1 else "float32"
@@ -161,6 +143,32 @@ def save_pretrained(
     )
     (out_dir / "README.md").write_text(head + text)
     return out_dir
+
+
+def _decide(format, cfg, settings: ProcessorConfig, tokenizer: Tokenizer, max_position: int):
+    """(token ids, `_fit`) for a class of transformers, None for our own code."""
+    if tokenizer.size > cfg.llm.vocab:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.size} tokens and the embedding {cfg.llm.vocab} rows; "
+            "every token needs a row; export with the tokenizer the model was trained with"
+        )
+    if settings.picture is None and settings.patch != cfg.vision.patch:
+        raise ValueError(
+            f"the processor cuts patches of {settings.patch} and the model takes "
+            f"{cfg.vision.patch}; they must agree; change one of them"
+        )
+    if format == "remote":
+        return None
+    try:
+        ids = _token_ids(tokenizer, settings)
+        return ids, _fit(cfg, settings, ids, max_position)
+    except ValueError as reason:
+        if format == "transformers":
+            raise
+        print(
+            f"no class of transformers computes this model, so our own code goes with it: {reason}"
+        )
+        return None
 
 
 def _fit(cfg, settings: ProcessorConfig, ids: dict, max_position: int) -> Fit | None:
