@@ -11,7 +11,7 @@ from vlmjax import nn, sharding
 from vlmjax.batch import Budget
 from vlmjax.connectors import CONNECTORS
 from vlmjax.data.picture import PictureConfig, Show, row_budget
-from vlmjax.data.processor import Processor, ProcessorConfig
+from vlmjax.data.processor import Processor, ProcessorConfig, control_tokens
 from vlmjax.data.sources import open_source
 from vlmjax.data.stream import Mixture
 from vlmjax.data.tokenizer import Tokenizer
@@ -113,9 +113,17 @@ class Run:
     eval: dict
 
 
+def frozen(value):
+    """Returns a value with tuples for all lists in it."""
+    return tuple(map(frozen, value)) if isinstance(value, (list, tuple)) else value
+
+
 def section(cls, values, name):
-    """Returns cls(**values); ValueError naming unknown or missing keys of config section `name`."""
-    values = dict(values)
+    """Returns cls(**values); ValueError naming unknown or missing keys of config section `name`.
+
+    Lists, which a config read from JSON has for tuples, become tuples.
+    """
+    values = {key: frozen(value) for key, value in dict(values).items()}
     fields = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(fields))
     missing = [
@@ -258,11 +266,17 @@ def check_params(params, shapes, source):
         )
 
 
-def make_tokenizer(name):
-    """Returns the `Tokenizer` of a directory, or the demo's own for "demo"."""
-    if name == "demo":
-        name = Path(__file__).parent / "data" / "demo" / "assets" / "tokenizer"
-    return Tokenizer(name)
+def make_tokenizer(run):
+    """Returns the `Tokenizer` of a run's directory, or the demo's own for "demo".
+
+    The demo's has no control tokens but those of its own template; what else the processor of the
+    run needs comes behind all of its ids.
+    """
+    if run.data.tokenizer != "demo":
+        return Tokenizer(run.data.tokenizer)
+    tokenizer = Tokenizer(Path(__file__).parent / "data" / "demo" / "assets" / "tokenizer")
+    tokenizer.add(control_tokens(run.processor))
+    return tokenizer
 
 
 def make_data(run):
@@ -271,7 +285,7 @@ def make_data(run):
         open_source(spec, run.data.media_root, run.train.seed) for spec, _ in run.data.sources
     ]
     weights = [weight for _, weight in run.data.sources]
-    processor = Processor(run.processor, make_tokenizer(run.data.tokenizer), run.model.form)
+    processor = Processor(run.processor, make_tokenizer(run), run.model.form)
     return Mixture(sources, weights, run.train.seed), processor
 
 

@@ -173,8 +173,10 @@ class VLM(nnx.Module):
             ]
             x, mask = zip(*gathered, strict=True)
             size, weights = batch.units[0].size, tuple(u.weights for u in batch.units)
-            sources = self.connector.sources(x, mask) if self.cfg.llm.extra_num else None
-            visual = self.connector(x, mask, size, None if weights[0] is None else weights)
+            weights = None if weights[0] is None else weights
+            extra = self.cfg.llm.extra_num
+            sources = self.connector.sources(x, mask, weights) if extra else None
+            visual = self.connector(x, mask, size, weights)
             visual = visual.reshape(len(visual), -1, visual.shape[-1])
             if batch.pool is not None:
                 visual = units.pool(visual, batch.pool.index, batch.pool.weights, self.cfg.pool)

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from vlmjax.data.anyres import unpad
 from vlmjax.data.arrange import Format, arrange
-from vlmjax.data.chat import VISUAL
 from vlmjax.data.strategies import strategy
+from vlmjax.data.templates import VISUAL
 
 NEWLINE = ("image_newline", "faster")
 ANYRES = dict(layout="tiles", unpad="original", newline="row", specials=NEWLINE)

@@ -8,8 +8,8 @@ from tiling_chain import chain, count, gradient, rule
 
 from vlmjax.data import units
 from vlmjax.data.arrange import Format, arrange
-from vlmjax.data.chat import CONTROL, TEXT, VISUAL
 from vlmjax.data.strategies import strategy
+from vlmjax.data.templates import ALONE, CONTROL, VISUAL
 from vlmjax.data.views import render
 
 NEXT = Format(layout="tiles", unpad="original", newline="row", specials=("image_newline",))
@@ -202,7 +202,7 @@ def test_pieces_of_internvl_and_vila():
     ]
     assert kinds == [(CONTROL, "<img>"), (VISUAL, 2304), (CONTROL, "</img>")]
     pieces = arrange(tiling, [(1, 2)], Format(tail="\n")).pieces
-    assert pieces[-1] == (TEXT, "\n") and pieces[0].value.tolist() == [0, 1]
+    assert pieces[-1] == (ALONE, "\n") and pieces[0].value.tolist() == [0, 1]
 
 
 def abstractor(x, w, side, pool):

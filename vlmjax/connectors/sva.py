@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlmjax.batch import UnitRule
+from vlmjax.connectors import units
 from vlmjax.connectors.attend import attend
 from vlmjax.connectors.mlp import DenseStack
 from vlmjax.connectors.specials import Specials, Table
@@ -28,6 +29,8 @@ class SVAConfig:
       windows: side of the window that a query reads, for each tower.
       width: of queries, keys and values.
       eps: of the norms.
+      reduce: "none", or "weighted": each feature is a sum by weights of the host, which resizes
+        the maps of towers (27x27 to 24x24).
     """
 
     side: int = 24
@@ -36,9 +39,14 @@ class SVAConfig:
     heads: int = 16
     layers: int = 3
     eps: float = 1e-5
+    reduce: str = "none"
     specials: tuple[str, ...] = ("newline",)
 
     def __post_init__(self):
+        if self.reduce not in ("none", "weighted"):
+            raise ValueError(
+                f"connector reduce={self.reduce!r} is unknown; choose 'none' or 'weighted'"
+            )
         if self.width % self.heads:
             raise ValueError(
                 f"connector width={self.width} does not divide into heads={self.heads}; change one"
@@ -159,17 +167,24 @@ class SVA(nnx.Module):
         self.specials = Specials(cfg.specials, out_width, rngs=rngs)
 
     def __call__(self, x, mask, size=None, weights=None):
-        """Returns [B, I, side^2, D]; see `sources` for the arguments, the others are not read."""
-        return self.out(self.aggregate(self.sources(x, mask)))
+        """Returns [B, I, side^2, D]; see `sources` for the arguments, `size` is not read."""
+        return self.out(self.aggregate(self.sources(x, mask, weights)))
 
-    def sources(self, x, mask):
+    def sources(self, x, mask, weights=None):
         """Returns the `Sources` of images, also for the blocks between decoder layers.
 
         Args:
           x: for each tower [B, I, side^2 * window^2, C], one query's window after another.
           mask: for each tower a bool of that shape, False on padding around the picture; the
             features there count in the mean all the same. A window without True is all seen.
+          weights: for each tower f32 of that shape, read by reduce="weighted"; the features of a
+            sum then come side by side.
         """
+        if self.cfg.reduce == "weighted":
+            merged = [
+                self._merge(k, *each) for k, each in enumerate(zip(x, mask, weights, strict=True))
+            ]
+            x, mask = zip(*merged, strict=True)
         cut = [
             lambda a, side=side: a.reshape(*a.shape[:2], self.cfg.side**2, side**2, *a.shape[3:])
             for side in self.cfg.windows
@@ -180,6 +195,13 @@ class SVA(nnx.Module):
         masks = tuple(m | ~m.any(-1, keepdims=True) for m in masks)
         latents = tuple(c(f) for c, f in zip(cut, latents, strict=True))
         return Sources(latents, masks, context)
+
+    def _merge(self, k, x, mask, weights):
+        """Returns the sums [B, I, places, C] of tower k, and which of them may be seen."""
+        B, I = mask.shape[:2]
+        shape = (B, I, self.cfg.tokens * self.cfg.windows[k] ** 2, -1)
+        x, shown = x.reshape(*shape, x.shape[-1]), jnp.ones(mask.shape, bool).reshape(shape)
+        return units.weighted(x, shown, weights.reshape(shape)), mask.reshape(shape).any(-1)
 
     def aggregate(self, sources):
         """Returns [B, I, side^2, width]: the queries after all blocks."""

@@ -30,7 +30,7 @@ import numpy as np
 
 from vlmjax.data import units
 from vlmjax.data.anyres import READINGS, cap, unpad
-from vlmjax.data.chat import CONTROL, TEXT, VISUAL
+from vlmjax.data.templates import ALONE, CONTROL, TEXT, VISUAL
 from vlmjax.data.views import Tiling
 
 
@@ -83,7 +83,7 @@ class Format:
         and each frame is followed by the special "faster"; 0 = all are alike.
       control: tokens around the whole, as ("<img>", "</img>"); () = none.
       vectors: specials around the visual tokens, as ("boi", "eoi"); () = none.
-      tail: text at the end.
+      tail: text at the end, tokenised by itself (VILA appends its embedding to the image's).
       positions: "sequential", or "shared": all visual tokens between the vectors have one position.
     """
 
@@ -182,7 +182,7 @@ def arrange(tiling: Tiling | None, grids: Sequence[tuple[int, int]], form: Forma
     if form.control:
         pieces = [Piece(CONTROL, form.control[0]), *pieces, Piece(CONTROL, form.control[1])]
     if form.tail:
-        pieces = [*pieces, Piece(TEXT, form.tail)]
+        pieces = [*pieces, Piece(ALONE, form.tail)]
     steps = None
     if form.positions == "shared":
         parts = [_shared_steps(len(p.value), form) for p in pieces if p.kind == VISUAL]
@@ -295,11 +295,21 @@ def _frames(tiling, maps, form):
 
 
 class Layout(NamedTuple):
-    """A function, where newlines may stand, and which of READ_BY_SOME it reads of the format."""
+    """A function, where newlines may stand, and which of READ_BY_SOME it reads of the format.
+
+    `control` are the tokens that it puts in place itself.
+    """
 
     function: Callable
     newlines: tuple[str, ...] = ("none",)
     reads: tuple[str, ...] = ()
+    control: tuple[str, ...] = ()
+
+
+def control_of(form: dict) -> tuple[str, ...]:
+    """Returns the control tokens that settings of a `Format` put into a sequence."""
+    layout = LAYOUTS.get(form.get("layout", Format.layout))
+    return (*form.get("control", ()), *(layout.control if layout else ()))
 
 
 READ_BY_SOME = ("base", "unpad", "max_tiles", "pool", "stride", "fast_every")
@@ -307,6 +317,6 @@ LAYOUTS = {
     "flat": Layout(_flat, ("none", "end")),
     "tiles": Layout(_tiles, ("none", "row"), ("base", "unpad", "max_tiles", "pool", "stride")),
     "square": Layout(_square, ("none", "row"), ("unpad",)),
-    "slices": Layout(_slices),
+    "slices": Layout(_slices, control=("<image>", "</image>", "<slice>", "</slice>")),
     "frames": Layout(_frames, ("none", "row", "frame", "end"), ("pool", "stride", "fast_every")),
 }

@@ -47,7 +47,7 @@ class Piece(NamedTuple):
     """A part of a conversation.
 
     Attributes:
-      kind: CONTROL, TEXT or VISUAL.
+      kind: CONTROL, TEXT, ALONE or VISUAL.
       value: the text, or the token that stands at visual slots.
       trained: whether it belongs to an answer.
       decides: whether it follows a stream message.
@@ -137,7 +137,8 @@ def encode(
     Args:
       messages: checked messages; video parts carry their `timestamps`.
       pictures: what is shown for each image, frame or whole video in reading order: how many visual
-        tokens; or a sequence of (VISUAL, i32[k] its tokens) with (TEXT, str) and (CONTROL, str).
+        tokens; or a sequence of (VISUAL, i32[k] its tokens) with (TEXT, str), (ALONE, str) and
+        (CONTROL, str).
       tokenizer: knows the control tokens that the messages need.
       image_token: placeholder of images.
       video_token: placeholder of video and stream frames.
@@ -205,6 +206,10 @@ def _conversation(messages, template, image_token, video_token, generation):
             content = [(*piece, True) for piece in content]
             last = next((k for k, (kind, _) in enumerate(after) if kind == CONTROL), len(after))
             after = [(*piece, k <= last) for k, piece in enumerate(after)]
+        if template.place == "first":
+            shown = [piece for piece in content if piece[0] == VISUAL]
+            before = (*shown, *before)
+            content = [piece for piece in content if piece[0] != VISUAL]
         here = [Piece(*piece) for piece in (*before, *content, *after)]
         if previous == "stream" and here:
             here[0] = here[0]._replace(decides=True)
@@ -265,8 +270,8 @@ def _runs(pieces):
     """Yields the pieces with neighbouring texts as one, because they are tokenised together."""
     run = None
     for piece in pieces:
-        if run is not None and (run.kind, piece.kind) == (TEXT, TEXT):
-            assert piece.trained or not run.trained, "an answer ends with a control token"
+        joins = run is not None and (run.kind, piece.kind) == (TEXT, TEXT)
+        if joins and (piece.trained or not run.trained):  # what follows an answer is apart
             prompt = run.prompt if run.trained else run.value
             run = run._replace(
                 value=run.value + piece.value,

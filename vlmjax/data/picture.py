@@ -160,38 +160,44 @@ def compose(outer: units.Units, inner: units.Units) -> units.Units:
     there = outer.index >= 0
     index = np.where(there[..., None], inner.index[outer.index], -1)
     weights = np.where(index >= 0, inner.weights[outer.index], 0).astype(np.float32)
-    flat = (len(index), -1)
-    return outer._replace(index=index.reshape(flat), weights=weights.reshape(flat))
+    flat, mask = (len(index), -1), outer.mask
+    if mask is not None:
+        mask = np.repeat(mask, inner.index.shape[1], axis=1)
+    return outer._replace(index=index.reshape(flat), weights=weights.reshape(flat), mask=mask)
 
 
 def row_budget(show: Show, tokens: int, views: int) -> batch.Budget:
     """Returns the `Budget` of rows of so many tokens that hold so many views of the first encoder.
 
     What else a view needs (slots of other encoders, units of each source) is counted on a picture
-    that gets as many views as there are.
+    that gets as many views as there are: alone, among others, and as a frame.
     """
     side = 8 * max(tower.patch * max(tower.side, 32) for tower in show.form.towers)
-    seen = show([Image.new("RGB", (side, side))], video=False, images=1)
-    number = sum(item.encoder == 0 for item in seen.items)
+    image, form = Image.new("RGB", (side, side)), show.form
+    kinds = [(False, 1), (False, 2), (True, 1)]
+    shown = [show([image], video=video, images=images) for video, images in kinds]
+    number = [sum(item.encoder == 0 for item in seen.items) for seen in shown]
 
     def share(count):
-        return -(-views * int(count) // number)
+        return max(-(-views * count(s) // n) for s, n in zip(shown, number, strict=True))
 
-    slots = np.zeros(len(show.form.towers), np.int64)
-    for item in seen.items:
-        slots[item.encoder] += item.num_slots
-    units_of = [share(len(u.index)) for u in seen.units]
-    visual = sum(n * units_of[sources[0]] for sources, n in show.form.groups)
+    def slots(encoder):
+        return share(lambda s: sum(i.num_slots for i in s.items if i.encoder == encoder))
+
+    units_of = [share(lambda s, k=k: len(s.units[k].index)) for k in range(len(form.encoders))]
+    widest = [max(s.units[k].index.shape[1] for s in shown) for k in range(len(form.encoders))]
+    visual = sum(n * units_of[sources[0]] for sources, n in form.groups)
     routed = {"none": 0, "expert": min(tokens, visual + views), "queries": visual}
-    pool = seen.arrangement.pool
-    pooled = (tokens, 1 if pool is None else pool.index.shape[1])
+    pools = [s.arrangement.pool for s in shown if s.arrangement.pool is not None]
+    widths = [pool.index.shape[1] for pool in pools]
+    pooled = (tokens if views else 0, max(widths, default=1))
     return batch.Budget(
         tokens,
-        tuple(share(n) for n in slots),
+        tuple(-(-slots(e) // 8) * 8 for e in range(len(form.towers))),  # for 8 devices to share
         tuple(units_of),
-        tuple(max(u.index.shape[1], show.most_patches) for u in seen.units),
-        pooled if show.form.pool != "none" else (0, 0),
-        routed[show.form.routed],
+        tuple(max(n, show.most_patches) for n in widest),
+        pooled if form.pool != "none" else (0, 0),
+        routed[form.routed],
     )
 
 

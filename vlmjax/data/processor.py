@@ -18,6 +18,7 @@ import numpy as np
 
 from vlmjax.batch import Form
 from vlmjax.data import chat, diffp
+from vlmjax.data.arrange import control_of
 from vlmjax.data.media import Medium, gather
 from vlmjax.data.picture import PictureConfig, Show, place
 from vlmjax.data.resize import RULES, Clip, patch_rows
@@ -92,6 +93,17 @@ class ProcessorConfig:
                 )
         if not self.fps > 0:
             raise ValueError(f"fps is {self.fps}, it must be above 0: correct the config")
+
+
+def control_tokens(config: ProcessorConfig) -> tuple[str, ...]:
+    """Returns the control tokens that samples may hold and answers may end with."""
+    template = TEMPLATES[config.template]
+    formats = []
+    if config.picture is not None:
+        formats = [dict(config.picture.get(k, ())) for k in ("format", "frame_format")]
+    shown = [token for form in formats for token in control_of(form)]
+    placeholders = (config.image_token, config.video_token)
+    return tuple(dict.fromkeys((*template.controls, *template.stops, *placeholders, *shown)))
 
 
 class Processor:

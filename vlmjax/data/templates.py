@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, field
 
 CONTROL, TEXT, VISUAL = "control", "text", "visual"
+ALONE = "alone"  # text that is tokenised by itself
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Template:
       start: what comes before the first message.
       system: system message of a conversation that brings none; "" = none.
       picture: what comes before and after a picture or video.
+      place: of pictures, "inside" the message or "first", in front of all that belongs to it.
       video: "frames" shows each frame as a picture with its time, "whole" leaves it to the format
         of visual tokens.
       stops: tokens that end an answer.
@@ -38,6 +40,7 @@ class Template:
     start: str = ""
     system: str = ""
     picture: tuple[str, str] = ("", "\n")
+    place: str = "inside"
     video: str = "whole"
     end: str = ""
 
@@ -147,6 +150,7 @@ TEMPLATES = {
         controls=("<|begin_of_text|>", "<|end_of_text|>"),
         stops=("<|end_of_text|>",),
         picture=("", ""),
+        place="first",
     ),
     "glm4": Template(
         turns={

@@ -62,6 +62,16 @@ class Tokenizer:
             )
         return index
 
+    def add(self, tokens: Sequence[str]) -> None:
+        """Gives control tokens that it lacks the ids behind its own."""
+        from tokenizers import AddedToken
+
+        new = [t for t in dict.fromkeys(tokens) if not self.has(t)]
+        if new:
+            made = [AddedToken(t, special=True, normalized=False) for t in new]
+            self.hf.add_tokens(made, special_tokens=True)
+            self.__init__(self.hf)
+
     def has(self, token: str) -> bool:
         return self._backend.token_to_id(token) is not None
 

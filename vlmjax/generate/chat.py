@@ -85,7 +85,7 @@ class Chat:
             config = ConfigDict(json.loads(file.read_text()))
         run = build.resolve(config)
         params, _ = checkpoint.restore_params(workdir)
-        tokenizer = build.make_tokenizer(run.data.tokenizer)
+        tokenizer = build.make_tokenizer(run)
         processor = Processor(run.processor, tokenizer, run.model.form)
         return cls(run.model, unflatten(params), processor, rows=rows)
 

@@ -204,6 +204,10 @@ class Generator:
         sizes = np.max([size(s, least) for s in samples], 0)
         tokens, encoders = bucket(int(sizes[0]), LEAST_TOKENS), len(form.towers)
         patches = [bucket(int(n), LEAST_PATCHES) for n in sizes[1 : 1 + encoders]]
+        for e, tower in enumerate(form.towers):
+            if tower.out is not None and patches[e]:  # which takes whole views of one size
+                view = next(i.num_slots for s in samples for i in s.items if i.encoder == e)
+                patches[e] = view * bucket(int(sizes[1 + e]) // view, 1)
         if not any(patches):
             return dataclasses.replace(least, tokens=tokens)
         single = {k for sources, number in form.groups if number == 1 for k in sources}

@@ -4,7 +4,9 @@ FLOPs are multiplies and adds (2 for each weight and token) of real slots only, 
 
     vision   patches x 2 x weights
              +  4 x layers x heads x head size x sum over images or frames of n_i^2
-    connector  visual tokens (after pruning) x 2 x weights
+             the stages of a ConvNeXt have a quarter of the patches of the stage before
+    connector  visual tokens (after pruning, before pooling) x 2 x weights
+             what a connector of whole maps does to patches rather than tokens is left out
     llm      tokens x 2 x weights of the blocks
              +  2 x layers x heads x head size x sum over samples of n_i^2   (causal: half)
     head     supervised tokens x 2 x width x vocabulary
@@ -20,7 +22,12 @@ frozen decoder behind a trained connector counts 2, a frozen tower in front 1, a
 MFU = FLOPs / (seconds x peak of all chips).
 """
 
+import functools
+import re
+
 import jax
+
+from vlmjax import build
 
 PEAK = {  # dense bf16 FLOP/s of a chip, from the vendors' data sheets
     "TPU v4": 275e12,
@@ -44,6 +51,29 @@ def peak_flops(devices):
     return None if None in peaks else sum(peaks)
 
 
+@functools.lru_cache(maxsize=64)
+def kernels(cfg):
+    """Returns {path: entries} of the weights of products in a `VLMConfig`'s model."""
+    shapes = build.abstract(cfg)[1]
+    return {path: x.size for path, x in shapes.items() if path.endswith("/kernel")}
+
+
+def _weights(cfg, module):
+    """Entries of the kernels under `module/`; those of the k-th stage of a ConvNeXt over 4^k."""
+    found = ((p, n) for p, n in kernels(cfg).items() if p.startswith(f"{module}/"))
+    stages = ((re.match(r"\w+/stage_(\d+)/", path), number) for path, number in found)
+    return sum(number / 4 ** (int(stage[1]) if stage else 0) for stage, number in stages)
+
+
+def _tower(cfg, name, tower, patches, pairs):
+    """Returns what `forward_flops` does for an encoder."""
+    if not hasattr(tower, "heads"):
+        return 2 * patches * _weights(cfg, name), 0, 0
+    first = 2 * patches * tower.patch_dim * tower.width
+    attention = 4 * tower.blocks * tower.width * pairs
+    return 2 * patches * _weights(cfg, name), first, attention
+
+
 def forward_flops(cfg, stats):
     """Returns {part: (FLOPs of products with weights, of the first, of attention)}, forward.
 
@@ -51,27 +81,26 @@ def forward_flops(cfg, stats):
       cfg: `VLMConfig`.
       stats: `data.pack.Stats`.
     """
-    v, m = cfg.vision, cfg.llm
+    m = cfg.llm
     block = m.width * m.head_dim * (2 * m.heads + 2 * m.kv_heads) + 3 * m.width * m.mlp
     causal = 2 * m.layers * m.heads * m.head_dim * stats.token_pairs
+    extra = stats.routed * _weights(cfg, "llm/extra")
     decoder = {
-        "llm": (2 * stats.tokens * m.layers * block, 0, causal),
+        "llm": (2 * (stats.tokens * m.layers * block + extra), 0, causal),
         "head": (2 * stats.supervised * m.width * m.vocab, 0, 0),
     }
-    if v is None:
+    if cfg.vision is None:
         return decoder
-    patch, vit = v.patch_dim * v.width, v.layers * (4 * v.width**2 + 2 * v.width * v.mlp)
-    first, others = v.width * m.width, (cfg.connector.layers - 1) * m.width**2
-    patches, visual = 2 * stats.patches[0], 2 * stats.visual
-    tower = (
-        patches * (patch + vit),
-        patches * patch,
-        4 * v.layers * v.width * stats.patch_pairs[0],
-    )
-    return {
-        "vision": tower,
-        "connector": (visual * (first + others), visual * first, 0),
-    } | decoder
+    parts = {
+        name: _tower(cfg, name, tower, patches, pairs)
+        for (name, tower), patches, pairs in zip(
+            cfg.encoders.items(), stats.patches, stats.patch_pairs, strict=True
+        )
+    }
+    tokens = sum(n * stats.units[sources[0]] for sources, n in cfg.form.groups)
+    first = kernels(cfg).get("connector/dense_0/kernel", 0)
+    parts["connector"] = (2 * tokens * _weights(cfg, "connector"), 2 * tokens * first, 0)
+    return parts | decoder
 
 
 def train_flops(cfg, stats, trained):
@@ -80,15 +109,16 @@ def train_flops(cfg, stats, trained):
     Args:
       cfg: `VLMConfig`.
       stats: `data.pack.Stats` of the batch.
-      trained: the set of modules with a trained parameter, of {"vision", "connector", "llm"}.
+      trained: the set of modules with a trained parameter: encoders, "connector", "llm".
     """
     flops, upstream = {}, False
     for part, (weights, first, attention) in forward_flops(cfg, stats).items():
         here = ("llm" if part == "head" else part) in trained
-        through = upstream or here
+        before = upstream and part not in cfg.encoders  # encoders stand side by side
+        through = before or here
         flops[part] = weights * (1 + through + here) + attention * (1 + 2 * through)
-        flops[part] -= first * (here and not upstream)
-        upstream = through
+        flops[part] -= first * (here and not before)
+        upstream = upstream or here
     return flops
 
 

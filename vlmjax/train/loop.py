@@ -24,7 +24,7 @@ class NonFiniteLoss(ValueError):
     """The loss became NaN or infinite; names the step and the records in its batch."""
 
 
-def check_init(init, stage):
+def check_init(init, stage, modules=("vision", "connector", "llm")):
     """Returns {module: source} of a dict, else {}; ValueError for an empty or unknown source."""
     if init == "":
         raise ValueError(
@@ -42,10 +42,10 @@ def check_init(init, stage):
         )
     for module, source in sources.items():
         known = source in (None, "random") or (isinstance(source, str) and source.startswith("hf:"))
-        if module not in ("vision", "connector", "llm") or not known:
+        if module not in modules or not known:
             raise ValueError(
                 f"init[{module!r}]={source!r} is not allowed: init is None, a work directory, or a "
-                "dict from vision, connector, llm to 'hf:DIR' or 'random'; change that entry"
+                f"dict from {', '.join(modules)} to 'hf:DIR' or 'random'; change that entry"
             )
     return {module: source for module, source in sources.items() if source not in (None, "random")}
 
@@ -55,12 +55,13 @@ def initial_params(run, shapes, where):
 
     Args:
       run: a `build.Run`. `init` is None (random), the work directory of an earlier stage, or
-        {"vision" | "connector" | "llm": "hf:DIR", or "random" or None}. An empty string stands for
-        what the command line must give.
+        {"vision" (or each of several encoders) | "connector" | "llm": "hf:DIR", or "random" or
+        None}. An empty string stands for what the command line must give.
       shapes: {path: ShapeDtypeStruct} of the model.
       where: {path: sharding}.
     """
-    sources = check_init(run.init, run.stage)
+    encoders = run.model.encoders or ("vision",)
+    sources = check_init(run.init, run.stage, (*encoders, "connector", "llm"))
     if isinstance(run.init, str):
 
         def place(saved):

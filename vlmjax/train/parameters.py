@@ -51,7 +51,8 @@ def parameter_rows(run):
 
 
 def _place(part):
-    return (ORDER.index(part) if part in ORDER else len(ORDER), part)
+    kind = part.split("_")[0]  # vision_2, vision_3 as vision
+    return (ORDER.index(kind) if kind in ORDER else len(ORDER), part)
 
 
 def _bytes(x):
@@ -69,8 +70,8 @@ def parameter_table(run):
     """Returns the rows as text, with a line for each module and a total."""
     rows = parameter_rows(run)
     layers = {"llm/blocks": run.model.llm.layers}
-    if run.model.vision is not None:
-        layers["vision/blocks"] = run.model.vision.layers
+    for name, tower in run.model.encoders.items():
+        layers |= {f"{name}/blocks": tower.blocks} if hasattr(tower, "blocks") else {}
     lines = [("module", "parameters", "", "peak lr", "weights", "optimizer")]
     for module in dict.fromkeys(row.name.split("/")[0] for row in rows):
         inside = [row for row in rows if row.name.split("/")[0] == module]
