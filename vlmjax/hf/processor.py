@@ -8,7 +8,7 @@ from pathlib import Path
 from vlmjax.data.processor import ProcessorConfig
 from vlmjax.data.templates import TEMPLATES
 from vlmjax.data.tokenizer import Tokenizer
-from vlmjax.hf import internvl, llava, llava_original
+from vlmjax.hf import internvl, llava, llava_original, originals
 from vlmjax.hf.chat_template import find_template, make_chat_template
 from vlmjax.hf.config import CONFIG, read_config, system_of
 from vlmjax.hf.pixels import IMAGE, PROCESSOR, VIDEO, read_json, read_sections
@@ -179,11 +179,14 @@ def load_processor(directory, template: str | None = None) -> tuple[Tokenizer, P
         its model_type (`DEFAULT_TEMPLATES`).
     """
     directory = Path(directory)
-    tokenizer = Tokenizer(directory)
     processor, raw = read_json(directory / PROCESSOR), read_json(directory / CONFIG)
+    tokenizer = Tokenizer(originals.tokenizer_directory(directory, raw))
     if OURS in processor:
         config = ProcessorConfig(**_frozen(processor[OURS]))
         return tokenizer, dataclasses.replace(config, template=template or config.template)
+    if originals.find(raw):
+        made = directory / CONFIG, read_config(directory), tokenizer, template
+        return tokenizer, originals.processor(raw, *made)
     sections = read_sections(directory)
     system = system_of(raw)
     if not sections[0] and system not in (llava_original, internvl):
