@@ -6,6 +6,7 @@ ordinary text pieces. `encode` is for trusted templates and recognises them.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -120,15 +121,19 @@ class Tokenizer:
 
 
 def _load(directory: Path):
-    from transformers import AutoTokenizer
+    from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerFast
 
     if not (directory / "tokenizer.json").is_file() and not (directory / "vocab.json").is_file():
         raise ValueError(
             f"{str(directory)!r} holds no tokenizer.json or vocab.json: give a tokenizer directory"
         )
-    return AutoTokenizer.from_pretrained(
-        str(directory), trust_remote_code=False, local_files_only=True
-    )
+    config, reader = directory / "config.json", AutoTokenizer
+    if config.is_file() and (directory / "tokenizer.json").is_file():
+        # AutoTokenizer reads the config.json beside it, too, and fails for models that
+        # transformers has no class for.
+        known = json.loads(config.read_text()).get("model_type") in CONFIG_MAPPING
+        reader = AutoTokenizer if known else PreTrainedTokenizerFast
+    return reader.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
 
 
 def byte_tokenizer(special: Sequence[str] = SPECIAL_TOKENS) -> Tokenizer:

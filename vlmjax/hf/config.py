@@ -3,13 +3,15 @@
 Settings that would change the function and that the model does not have are refused, never ignored.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
 from vlmjax.connectors.mlp import MLPConfig
-from vlmjax.hf import internvl, llava, llava_original, remote
+from vlmjax.hf import internvl, llava, llava_original, originals, remote
 from vlmjax.hf.llm_config import TEXT_DEFAULTS, make_llm, need, read_llm
 from vlmjax.hf.pixels import read_sections
+from vlmjax.hf.tower_config import dinov2
 from vlmjax.hf.vision_config import ACTIVATIONS, SILENT, VISION_DEFAULTS, read_vision
 from vlmjax.llm.decoder import DecoderConfig
 from vlmjax.vision.vit import ViTConfig
@@ -20,8 +22,6 @@ CONFIG = "config.json"
 
 def read_config(directory) -> VLMConfig:
     """The configuration of a full checkpoint."""
-    if remote.is_remote(directory):
-        return remote.read_config(directory)
     parts = _parts(directory)
     for name in ("vision", "connector", "llm"):
         _need_part(parts, name, directory)
@@ -31,17 +31,27 @@ def read_config(directory) -> VLMConfig:
 def read_max_position(directory) -> int | None:
     """The longest sequence that a full checkpoint says it takes, None if it says nothing."""
     raw = read_raw(directory)
+    if originals.find(raw):
+        return originals.max_position(raw, Path(directory) / CONFIG)
     text = raw.get("text_config") or raw.get("llm_config") or raw
     return text.get("max_position_embeddings")
 
 
 def read_module_config(directory, module: str) -> ViTConfig | MLPConfig | DecoderConfig:
-    """The configuration of one module (vision, connector or llm) in any supported directory."""
-    if remote.is_remote(directory):
-        return getattr(remote.read_config(directory), module)
+    """The configuration of one module (vision, connector, llm) in any supported directory.
+
+    A further encoder (vision_2, ...) is that of a model with several, or the only one there is.
+    """
     parts = _parts(directory)
-    _need_part(parts, module, directory)
-    return parts[module]
+    part, _, number = module.partition("_")
+    _need_part(parts, part, directory)
+    found = parts[part]
+    return found[int(number or 1) - 1] if isinstance(found, tuple) else found
+
+
+def tower_names(directory) -> dict[str, str]:
+    """Module -> the name of its tower, where config.json names towers."""
+    return originals.tower_names(read_raw(directory))
 
 
 def read_raw(directory) -> dict:
@@ -56,7 +66,8 @@ def read_raw(directory) -> dict:
 
 
 def system_of(raw: dict):
-    """The module that knows the pictures of a checkpoint; None for VideoLLaMA3 and for parts."""
+    """The module that knows the pictures of a checkpoint; None for VideoLLaMA3, for parts and for
+    `originals`."""
     if llava_original.is_original(raw):
         return llava_original
     kind = raw.get("model_type")
@@ -75,6 +86,9 @@ def _need_part(parts: dict, name: str, directory):
 
 def _parts(directory) -> dict:
     """The fields of a `VLMConfig` that config.json describes."""
+    if remote.is_remote(directory):
+        cfg = remote.read_config(directory)
+        return {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)}
     file, raw = Path(directory) / CONFIG, read_raw(directory)
     kind = raw.get("model_type")
     if raw.get("quantization_config"):
@@ -82,15 +96,20 @@ def _parts(directory) -> dict:
             f"{file} is of a quantised model; only float weights are read; use the original "
             "checkpoint"
         )
+    if original := originals.find(raw):
+        return original.read(raw, file)
     if system := system_of(raw):
         return system.read(raw, file, read_sections(Path(directory)))
     if kind in VIDEOLLAMA3:
         return VIDEOLLAMA3[kind](raw, file)
     if kind in BARE_TOWERS:
         return {"vision": _bare_tower(raw, file)}
+    if kind == "dinov2":
+        return {"vision": dinov2(raw, file)}
     if kind in TEXT_DEFAULTS:
         return {"llm": read_llm(raw, file)}
     known = (*llava.DEFAULTS, *llava_original.DECODERS, internvl.KIND, internvl.ORIGINAL)
+    known += (*originals.NAMES, "dinov2")
     raise ValueError(
         f"{file} has model_type {kind!r}; supported are "
         f"{', '.join(dict.fromkeys((*VIDEOLLAMA3, *known, *BARE_TOWERS, *TEXT_DEFAULTS)))}; "

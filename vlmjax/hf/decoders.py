@@ -3,8 +3,8 @@
     rows = decoder_rows(cfg, find_kind(keys, "model."), "model.")
 
 Paths are below `path`, keys below `key`; the head has a key of its own. Kinds that transformers has
-a class for are written by it with the same keys; `internlm2` and `cogvlm` are those of their own
-code.
+a class for are written by it with the same keys; `internlm2`, `chatglm` and `cogvlm` are those of
+their own code.
 """
 
 from collections.abc import Iterable
@@ -77,6 +77,30 @@ GLM_QKV_BIAS = (
     ("blocks/attn/k/bias", "layers.{}.self_attn.k_proj.bias", "(K H~) -> K H"),
     ("blocks/attn/v/bias", "layers.{}.self_attn.v_proj.bias", "(K H) -> K H"),
 )
+_CHATGLM_QKV = "encoder.layers.{}.self_attention.query_key_value"
+_CHATGLM_UP = "encoder.layers.{}.mlp.dense_h_to_4h.weight"
+CHATGLM = (  # GLM-4 in its own code: the function of GLM, all of it fused
+    ("embed/embedding", "embedding.word_embeddings.weight", "V D -> V D"),
+    ("blocks/attn_norm/scale", "encoder.layers.{}.input_layernorm.weight", "D -> D"),
+    ("blocks/mlp_norm/scale", "encoder.layers.{}.post_attention_layernorm.weight", "D -> D"),
+    ("norm/scale", "encoder.final_layernorm.weight", "D -> D"),
+    ("blocks/attn/q/kernel", f"{_CHATGLM_QKV}.weight", "([N]+K+K H~) D -> D N H"),
+    ("blocks/attn/k/kernel", f"{_CHATGLM_QKV}.weight", "(N+[K]+K H~) D -> D K H"),
+    ("blocks/attn/v/kernel", f"{_CHATGLM_QKV}.weight", "(N+K+[K] H) D -> D K H"),
+    (
+        "blocks/attn/o/kernel",
+        "encoder.layers.{}.self_attention.dense.weight",
+        "D (N H) -> N H D",
+    ),
+    ("blocks/mlp/gate/kernel", _CHATGLM_UP, "([M]+M) D -> D M"),
+    ("blocks/mlp/up/kernel", _CHATGLM_UP, "(M+[M]) D -> D M"),
+    ("blocks/mlp/down/kernel", "encoder.layers.{}.mlp.dense_4h_to_h.weight", "D M -> M D"),
+)
+CHATGLM_QKV_BIAS = (
+    ("blocks/attn/q/bias", f"{_CHATGLM_QKV}.bias", "([N]+K+K H~) -> N H"),
+    ("blocks/attn/k/bias", f"{_CHATGLM_QKV}.bias", "(N+[K]+K H~) -> K H"),
+    ("blocks/attn/v/bias", f"{_CHATGLM_QKV}.bias", "(N+K+[K] H) -> K H"),
+)
 INTERNLM2 = (  # for each key-value head, the G query heads that read it, the key and the value
     ("embed/embedding", "tok_embeddings.weight", "V D -> V D"),
     ("blocks/attn_norm/scale", "layers.{}.attention_norm.weight", "D -> D"),
@@ -148,6 +172,12 @@ LLAMA_OPTIONS = {
 }
 KINDS = {
     "internlm2": Kind(INTERNLM2, "layers.0.attention.wqkv.weight", {}, "output.weight"),
+    "chatglm": Kind(
+        CHATGLM,
+        "encoder.layers.0.self_attention.query_key_value.weight",
+        {"qkv_bias": {True: CHATGLM_QKV_BIAS}},
+        "output_layer.weight",
+    ),
     "cogvlm": Kind(
         COGVLM,
         "layers.0.self_attn.language_expert_query_key_value.weight",

@@ -8,7 +8,7 @@ from pathlib import Path
 from vlmjax.data.processor import ProcessorConfig
 from vlmjax.data.templates import TEMPLATES
 from vlmjax.data.tokenizer import Tokenizer
-from vlmjax.hf import internvl, llava, llava_original, remote
+from vlmjax.hf import internvl, llava, llava_original, originals, remote
 from vlmjax.hf.chat_template import find_template, make_chat_template
 from vlmjax.hf.config import CONFIG, read_config, system_of
 from vlmjax.hf.pixels import IMAGE, PROCESSOR, VIDEO, read_json, read_sections
@@ -181,11 +181,14 @@ def load_processor(directory, template: str | None = None) -> tuple[Tokenizer, P
     directory = Path(directory)
     if remote.is_remote(directory):
         return load_remote(directory)
-    tokenizer = Tokenizer(directory)
     processor, raw = read_json(directory / PROCESSOR), read_json(directory / CONFIG)
+    tokenizer = Tokenizer(originals.tokenizer_directory(directory, raw))
     if OURS in processor:
         config = ProcessorConfig(**_frozen(processor[OURS]))
         return tokenizer, dataclasses.replace(config, template=template or config.template)
+    if originals.find(raw):
+        made = directory / CONFIG, read_config(directory), tokenizer, template
+        return tokenizer, originals.processor(raw, *made)
     sections = read_sections(directory)
     system = system_of(raw)
     if not sections[0] and system not in (llava_original, internvl):

@@ -9,13 +9,17 @@ and saves it as C; "memory" is what its state_dict says; D is the repository of 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 from flax import nnx
 
+from vlmjax.connectors.sva import SVABlock
 from vlmjax.hf import connectors, towers
 from vlmjax.hf.decoders import HEADS, KINDS, decoder_rows, written_kind
+from vlmjax.hf.original_layouts import ORIGINALS, TOWERS
 from vlmjax.hf.table import Row
+from vlmjax.nn import flatten, stack, unbind
 from vlmjax.vlm import MODULES as CONNECTORS
 from vlmjax.vlm import VLMConfig
 
@@ -28,12 +32,17 @@ class Layout:
 
     Attributes:
       prefixes: part -> what its keys start with; a part that is absent here is absent in the
-        checkpoint.
+        checkpoint. With `{}` in that of vision, it counts the encoders from 0.
+      owned: part -> beginnings of its keys, where it shares its prefix with another part.
       marker: a key that only this kind has (`LAYOUTS` is searched in order).
       tower: a key of `towers.TABLES`.
+      towers: where the configuration tells the tower, {`towers.kind_of`: (a key of
+        `towers.TABLES`, what follows the prefix)}.
       connector: a key of `connectors.LAYOUTS`.
       specials: learned vector of the connector -> its key.
       head: what the key of the decoder's head starts with.
+      extra: prefix of the blocks of SVA between decoder layers; "" = there are none.
+      elsewhere: whether frozen towers may be in directories of their own.
       dropped: regexes of keys that belong to the checkpoint and not to our model, beside what
         `towers.unused` and `UNUSED` know.
     """
@@ -45,37 +54,87 @@ class Layout:
     specials: dict[str, str] = field(default_factory=dict)
     head: str = ""
     dropped: tuple[str, ...] = ()
+    owned: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    towers: dict[str, tuple[str, str]] = field(default_factory=dict)
+    extra: str = ""
+    elsewhere: bool = False
 
     @property
     def heads(self) -> tuple[str, ...]:
         """Keys that an untied head may have."""
         return tuple(self.head + key for key in HEADS)
 
+    def table(self, tower) -> tuple[str, str]:
+        """(key of `towers.TABLES`, what follows the prefix) of the config of a tower."""
+        if not self.towers:
+            return self.tower, ""
+        kind = towers.kind_of(tower)
+        if kind not in self.towers:
+            raise ValueError(
+                f"this layout has no names for a tower like {kind}; it has them for "
+                f"{', '.join(self.towers)}; take one of these"
+            )
+        return self.towers[kind]
+
+    def prefix(self, module: str, tower=None) -> str:
+        """What the keys of a module start with; of an encoder by its config."""
+        number = int(module.partition("_")[2] or 1) - 1 if part_of(module) == "vision" else 0
+        prefix = self.prefixes[part_of(module)].format(number)
+        return prefix if tower is None else prefix + self.table(tower)[1]
+
     def owner(self, key: str) -> str | None:
-        """The part a key belongs to: the longest prefix wins, heads belong to the decoder."""
+        """The part a key belongs to: the longest prefix wins, heads belong to the decoder.
+
+        It is one encoder where the prefix counts them.
+        """
         if key in self.heads:
             return "llm" if "llm" in self.prefixes else None
         if key in self.specials.values():
             return "connector"
-        fits = [(len(p), part) for part, p in self.prefixes.items() if key.startswith(p)]
-        return max(fits)[1] if fits else None
+        begins = [(part, p.partition("{")[0]) for part, p in self.prefixes.items()]
+        begins += [(part, p) for part, beginnings in self.owned.items() for p in beginnings]
+        if self.extra:
+            begins.append(("llm", self.extra.partition("{")[0]))
+        fits = [(len(p), part) for part, p in begins if key.startswith(p)]
+        if not fits:
+            return None
+        length, part = max(fits)
+        number = "{" in self.prefixes[part] and re.match(r"[1-9]\d*", key[length:])
+        return f"{part}_{int(number[0]) + 1}" if number else part
+
+    def foreign(self, key: str, modules: Iterable[str]) -> bool:
+        """Whether a key belongs to a part, or an encoder, that is not among the modules."""
+        owner = self.owner(key)
+        if owner is None or owner in modules:
+            return False
+        return "{" in self.prefixes[part_of(owner)] or owner not in map(part_of, modules)
 
     def unused(self, key: str, cfg: VLMConfig, modules: Iterable[str]) -> bool:
         """Whether a key is known and no module that is loaded needs it."""
         if re.fullmatch("|".join(self.dropped) or r"(?!)", key):
             return True
         owner = self.owner(key)
-        if owner not in self.prefixes:
+        if owner is None:
             return False
-        rest = key.removeprefix(self.prefixes[owner])
         if owner == "llm":
-            return bool(re.fullmatch(UNUSED, rest))
-        seen = [cfg.encoders[m] for m in modules if part_of(m) == owner == "vision"]
-        return any(towers.unused(tower, self.tower, rest) for tower in seen)
+            return bool(re.fullmatch(UNUSED, key.removeprefix(self.prefixes[owner])))
+        for module in modules:
+            if part_of(module) == part_of(owner) == "vision":
+                tower = cfg.encoders[module]
+                prefix = self.prefix(module, tower)
+                rest = key.removeprefix(prefix)
+                if key.startswith(prefix) and towers.unused(tower, self.table(tower)[0], rest):
+                    return True
+        return part_of(owner) == "connector" and key in self.constants(cfg)
+
+    def constants(self, cfg: VLMConfig) -> dict:
+        """Tensors of the connector by key that are stored here and that our model computes."""
+        found = connectors.constants(cfg.connector, cfg.llm.width)
+        return {self.prefixes["connector"] + key: value for key, value in found.items()}
 
 
 # Constants that old checkpoints of decoders store.
-UNUSED = r"layers\.\d+\.(self_attn|attention)\.rotary_emb\.inv_freq"
+UNUSED = r"(layers\.\d+\.(self_attn|attention)\.rotary_emb|rotary_pos_emb)\.inv_freq"
 PATCH, EMBED = "embeddings.patch_embedding.weight", "embed_tokens.weight"
 PATCHES = "embeddings.patch_embeddings.projection.weight"
 
@@ -113,6 +172,7 @@ _LEGACY = "vision_tower.vision_model."
 _POOLING = (r"embeddings\.position_embedding\.weight", r"embeddings\.position_ids", r"head\..*")
 _TEXT = (r"text_model\..*", "logit_scale", "logit_bias", r"(text|visual)_projection\.weight")
 LAYOUTS = {
+    **{name: Layout(**row) for name, row in ORIGINALS.items()},
     "llava A": _llava("", _BEFORE, _LEGACY, "language_model."),
     "llava B": _llava("model.", _AFTER, _LEGACY, ""),
     "llava D": Layout(
@@ -171,6 +231,7 @@ LAYOUTS = {
     "internvit": Layout(
         {"vision": ""}, marker="encoder.layers.0.attn.qkv.weight", tower="internvit"
     ),
+    **{name: Layout(**row) for name, row in TOWERS.items()},
     "decoder": Layout({"llm": "model."}, marker=f"model.{EMBED}"),
     "internlm2": Layout({"llm": "model."}, marker="model.tok_embeddings.weight"),
 }
@@ -205,17 +266,52 @@ def rows(
     """
     where, made = LAYOUTS[layout], []
     for module in modules:
-        prefix = where.prefixes[part_of(module)]
         if module == "llm":
-            kind = kind or written_kind(cfg.llm)
+            kind, prefix = kind or written_kind(cfg.llm), where.prefix(module)
             made += decoder_rows(cfg.llm, kind, prefix, where.head + KINDS[kind].head)
+            made += _extra_rows(cfg, layout)
         elif module == "connector":
-            specials = where.specials.items()
-            extra = [(f"specials/{name}/embedding", key, "D -> D") for name, key in specials]
-            made += connectors.rows(_connector(cfg), where.connector, prefix, extra=extra)
+            made += _connector_rows(cfg, where)
         else:
-            made += towers.rows(cfg.encoders[module], where.tower, prefix, module)
+            tower = cfg.encoders[module]
+            made += towers.rows(tower, where.table(tower)[0], where.prefix(module, tower), module)
     return made
+
+
+def _connector_rows(cfg: VLMConfig, where: Layout) -> list[Row]:
+    module, prefix = _connector(cfg), where.prefix("connector")
+    if len(copies := getattr(cfg.connector, "copies", ())) > 1:
+        return [
+            row
+            for name in copies
+            for row in connectors.rows(
+                getattr(module, name), where.connector, f"{prefix}{name}.", f"connector/{name}/"
+            )
+        ]
+    specials = where.specials.items()
+    extra = [(f"specials/{name}/embedding", key, "D -> D") for name, key in specials]
+    return connectors.rows(module, where.connector, prefix, extra=extra)
+
+
+def _extra_rows(cfg: VLMConfig, layout: str) -> list[Row]:
+    """Of the blocks of SVA between decoder layers."""
+    if not cfg.llm.extra_num:
+        return []
+    prefix = LAYOUTS[layout].extra
+    if not prefix:
+        raise ValueError(
+            f"llm.extra_num={cfg.llm.extra_num}, and the layout {layout!r} has no names for blocks "
+            "between decoder layers; set extra_num=0 or take a layout that has them"
+        )
+
+    def blocks():
+        make = partial(SVABlock, cfg.connector, cfg.llm.width)
+        return stack(lambda rngs: make(rngs=rngs), cfg.llm.extra_num, rngs=nnx.Rngs(0))
+
+    leaves = flatten(unbind(jax.eval_shape(blocks))[1])
+    shapes = {path: leaf.shape for path, leaf in leaves.items()}
+    entries = connectors.sva_block(cfg.connector.windows)
+    return connectors.block_rows(entries, shapes, prefix, "llm/extra/")
 
 
 def _connector(cfg: VLMConfig) -> nnx.Module:

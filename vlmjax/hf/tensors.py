@@ -26,6 +26,9 @@ MAX_SHARD_SIZE = 5_000_000_000
 MAX_HEADER_SIZE = 100_000_000  # the limit of the safetensors package
 HEADER_BYTES_PER_TENSOR = 256  # generous: a name, a dtype, a shape, two offsets
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+OPEN_CLIP = "open_clip_model.safetensors"
+# VILA keeps each part in a directory of its own.
+FOLDERS = ("llm", "vision_tower", "mm_projector")
 WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
@@ -41,13 +44,16 @@ class Stored:
 
 
 class TensorDirectory:
-    """The tensors of a directory with `model.safetensors`, or shards and their index, by name."""
+    """The tensors of a directory with `model.safetensors`, or shards and their index, by name.
+
+    Where there are `FOLDERS` instead, a name begins with that of its folder and a dot.
+    """
 
     def __init__(self, directory):
         self.directory = Path(directory)
         self._maps = {}
         self._stored = {}
-        for file, names in _weight_files(self.directory).items():
+        for prefix, file, names in _all_weight_files(self.directory):
             header = read_header(file)
             lost = sorted(names - header.keys()) if names is not None else []
             if lost:
@@ -55,7 +61,7 @@ class TensorDirectory:
                     f"{file} lacks {len(lost)} tensors that {INDEX} puts there: {', '.join(lost)}; "
                     "the index and the shards must come from one export; copy the directory again"
                 )
-            self._stored |= header
+            self._stored |= {prefix + name: stored for name, stored in header.items()}
 
     def __contains__(self, name):
         return name in self._stored
@@ -116,10 +122,24 @@ def read_header(file: Path) -> dict[str, Stored]:
     return stored
 
 
+def _all_weight_files(directory: Path) -> list[tuple[str, Path, set[str] | None]]:
+    """(prefix of the names, file, its names where an index tells them) of a directory."""
+    whole = any((directory / name).is_file() for name in (SINGLE, INDEX, OPEN_CLIP))
+    folders = {f"{name}.": directory / name for name in FOLDERS}
+    if whole or not all(folder.is_dir() for folder in folders.values()):
+        folders = {"": directory}
+    return [
+        (prefix, file, names)
+        for prefix, folder in folders.items()
+        for file, names in _weight_files(folder).items()
+    ]
+
+
 def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
     """The safetensors files of a directory, with the names that an index puts into each."""
-    if (directory / SINGLE).is_file():
-        return {directory / SINGLE: None}
+    for single in (SINGLE, OPEN_CLIP):
+        if (directory / single).is_file():
+            return {directory / single: None}
     if not (directory / INDEX).is_file():
         found = (
             sorted(p.name for p in directory.iterdir())

@@ -196,6 +196,17 @@ def unused(cfg: ViTConfig | ConvNeXtConfig, layout: str, key: str) -> bool:
     return any(key in row.keys for row in rows(whole, layout))
 
 
+def kind_of(cfg: ViTConfig | ConvNeXtConfig) -> str:
+    """The family of a tower, where a layout has names for several."""
+    if isinstance(cfg, ConvNeXtConfig):
+        return "convnext"
+    if cfg.order == "post":
+        return "eva2"
+    if cfg.layer_scale:
+        return "dinov2" if cfg.position.startswith("bicubic") else "internvit"
+    return "clip" if cfg.embed_norm else "siglip"
+
+
 @functools.lru_cache(maxsize=64)
 def _shapes(cfg) -> dict[str, tuple]:
     """path -> shape of each leaf of a tower."""

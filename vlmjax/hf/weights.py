@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from vlmjax.hf import remote
-from vlmjax.hf.config import CONFIG, read_config, read_module_config
+from vlmjax.hf.config import CONFIG, read_config, read_module_config, tower_names
 from vlmjax.hf.decoders import find_kind
-from vlmjax.hf.systems import LAYOUTS, MODULES, find_layout, part_of, rows
+from vlmjax.hf.systems import LAYOUTS, find_layout, part_of, rows
 from vlmjax.hf.table import Row, by_key
 from vlmjax.hf.tensors import DTYPES, Tensor, TensorDirectory
 from vlmjax.nn import unflatten
@@ -44,7 +44,7 @@ def load_params(directory, cfg: VLMConfig | None = None, dtype=None) -> dict:
       dtype: float32, bfloat16 or float16; None keeps each tensor as it is stored.
     """
     cfg = cfg or read_config(directory)
-    return _load(directory, cfg, MODULES, dtype)
+    return _load(directory, cfg, (*cfg.encoders, "connector", "llm"), dtype)
 
 
 def load_module(module: str, directory, cfg: VLMConfig, dtype=None) -> dict:
@@ -72,11 +72,15 @@ def _load(directory, cfg: VLMConfig, modules: Iterable[str], dtype) -> dict:
         )
     if (Path(directory) / CONFIG).is_file():
         _check_config(directory, cfg, modules)
+    lacking = _lacking(tensors, layout, modules, cfg)
+    modules = [m for m in modules if m not in lacking]
     kind = find_kind(tensors, LAYOUTS[layout].prefixes["llm"]) if "llm" in modules else None
     table = rows(cfg, layout, modules, kind)
     _check_tensors(tensors, table, layout, modules, cfg)
-    params = {}
+    params = {m: load_module(m, Path(directory) / m, cfg, dtype) for m in lacking}
     for row in table:
+        if not row.path:
+            continue  # what the checkpoint holds and nothing reads
         *parents, leaf = row.path.split("/")
         node = params
         for name in parents:
@@ -87,7 +91,7 @@ def _load(directory, cfg: VLMConfig, modules: Iterable[str], dtype) -> dict:
 
 def _load_remote(directory, cfg: VLMConfig, modules: Iterable[str], dtype) -> dict:
     """The parameters of a directory in our own layout."""
-    whole = set(modules) == set(MODULES)
+    whole = set(modules) == {*cfg.encoders, "connector", "llm"}
     remote.check_config(directory, cfg, None if whole else modules)
     tensors = TensorDirectory(directory)
     table = [r for r in remote.rows(cfg) if whole or r.path.split("/")[0] in modules]
@@ -106,13 +110,32 @@ def _load_remote(directory, cfg: VLMConfig, modules: Iterable[str], dtype) -> di
     return unflatten({row.path: _read(tensors, row, dtype) for row in table})
 
 
+def _lacking(tensors: TensorDirectory, layout: str, modules, cfg: VLMConfig) -> list[str]:
+    """The frozen towers that a checkpoint does not hold; they are directories of its directory."""
+    where, directory = LAYOUTS[layout], tensors.directory
+    if not where.elsewhere:
+        return []
+    towers = {m: where.prefix(m) for m in modules if part_of(m) == "vision"}
+    lacking = [m for m, p in towers.items() if not any(key.startswith(p) for key in tensors)]
+    absent = [m for m in lacking if not (directory / m).is_dir()]
+    if absent:
+        names = tower_names(directory)
+        raise ValueError(
+            f"{directory} does not hold the frozen towers "
+            f"{', '.join(f'{m} ({names.get(m)})' for m in absent)}; put the checkpoint of each "
+            f"into {', '.join(str(directory / m) for m in absent)}, or start a run with "
+            f"{' '.join(f'--config.init.{m}=hf:DIR' for m in absent)}"
+        )
+    return lacking
+
+
 def _check_config(directory, cfg: VLMConfig, modules):
     problems = []
     for module in modules:
         if module == "connector":
             continue
         ours = cfg.llm if module == "llm" else cfg.encoders[module]
-        theirs = read_module_config(directory, part_of(module))
+        theirs = read_module_config(directory, module)
         want, have = map(dataclasses.asdict, (ours, theirs))
         problems += [
             f"{module}.{name} is {have[name]} there and {want[name]} here"
@@ -134,13 +157,12 @@ def _check_tensors(
     where = LAYOUTS[layout]
     tied_head = {k for k in where.heads if "llm" in modules and cfg.llm.tie and k in tensors}
     expected = shapes.keys() | tied_head
-    foreign = set(where.prefixes) - set(map(part_of, modules))
     missing = [key for key in shapes if key not in tensors]
     unexpected = [
         key
         for key in tensors
         if key not in expected
-        and where.owner(key) not in foreign
+        and not where.foreign(key, modules)
         and not where.unused(key, cfg, modules)
     ]
     wrong = [
@@ -157,12 +179,25 @@ def _check_tensors(
                 f"{key} differs from the embedding although the model is tied: set tie=False "
                 "to use it"
             )
+    constants = where.constants(cfg) if "connector" in modules else {}
+    wrong += [
+        f"{key} differs from the table that the model computes"
+        for key, value in constants.items()
+        if key in tensors and not _close(tensors.read(key), value)
+    ]
     _fail(
         f"{tensors.directory} (layout {layout!r}) does not fit the configuration",
         missing,
         unexpected,
         wrong,
     )
+
+
+def _close(stored: np.ndarray, value: np.ndarray) -> bool:
+    """Whether a tensor is a table of sines up to its precision."""
+    if stored.shape != value.shape:
+        return False
+    return np.abs(stored.astype(np.float32) - value).max() < 1e-2
 
 
 def _fail(what: str, missing: list[str], unexpected: list[str], wrong: list[str]):
@@ -214,7 +249,7 @@ def table_tensors(table: list[Row], params: Mapping, dtype=None) -> list[Tensor]
     one tensor.
     """
     leaves = dict(_flatten(params))
-    shapes = {row.path: row.shape for row in table}
+    shapes = {row.path: row.shape for row in table if row.path}
     missing = [path for path in shapes if path not in leaves]
     unexpected = [path for path in leaves if path not in shapes]
     wrong = [
@@ -225,7 +260,7 @@ def table_tensors(table: list[Row], params: Mapping, dtype=None) -> list[Tensor]
     _fail("the parameters do not fit the configuration", missing, unexpected, wrong)
     tensors = []
     for key, parts in by_key(table).items():
-        held = [(row, leaves[row.path], layer) for row, layer in parts]
+        held = [(row, leaves[row.path], layer) for row, layer in parts if row.path]
         target = _float(dtype or np.result_type(*{leaf.dtype for _, leaf, _ in held}))
         shape = parts[0][0].stored_shape
         tensors.append(Tensor(key, target, shape, _maker(held, shape, target)))
@@ -234,7 +269,7 @@ def table_tensors(table: list[Row], params: Mapping, dtype=None) -> list[Tensor]
 
 def _maker(held: list[tuple[Row, object, int]], shape: tuple[int, ...], dtype: np.dtype):
     def make():
-        stored = np.empty(shape, dtype)
+        stored = np.zeros(shape, dtype)
         for row, leaf, layer in held:
             row.put(np.asarray(leaf[layer] if row.stacked else leaf), stored)
         return stored
