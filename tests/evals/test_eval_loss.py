@@ -43,6 +43,6 @@ def test_pictures_show_what_the_model_sees(chat):
     frames[1, :16] = frames[0, :16]
     content = [{"type": "video", "video": frames, "timestamps": [0, 1]}]
     sample = chat.processor({"id": "0", "messages": [{"role": "user", "content": content}]})
-    first, second = (pictures.pixels(item, 8) for item in sample.items)
+    first, second = (pictures.pixels(item) for item in sample.items)
     assert np.array_equal(first, frames[0]) and np.array_equal(second[16:], frames[1, 16:])
     assert np.array_equal(second[:16], frames[1, :16] // 4 + 150)
