@@ -190,8 +190,8 @@ def arranged(model, settings, form, tiling):
     if form.layout in ("tiles", "slices") and (not first or settings.stitch != "none"):
         raise ValueError(
             f"layout {form.layout!r} and the strategy disagree: it puts the whole view first, "
-            f"which here is number {tiling.whole} of {views} with stitch={settings.stitch!r}; take the "
-            "strategy 'anyres' or 'uhd' with stitch='none', or layout 'flat'"
+            f"which here is number {tiling.whole} of {views} with stitch={settings.stitch!r}; take "
+            "the strategy 'anyres' or 'uhd' with stitch='none', or layout 'flat'"
         )
     if form.layout == "square" and views > 1:
         raise ValueError(
