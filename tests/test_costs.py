@@ -138,8 +138,7 @@ def test_sva_block_of_the_decoder():
     def call(block, x):
         return block(x[0], Sources(tuple(x[1:-1]), masks, x[-1]))
 
-    cost = costs.sva_block(cfg, OUT, 3, [3 * a * b for a, b in read])
-    check(lambda rngs: SVABlock(cfg, OUT, rngs=rngs), call, x, cost)
+    check(lambda rngs: SVABlock(cfg, OUT, rngs=rngs), call, x, costs.sva_block(cfg, OUT, 3))
 
 
 def test_decoder():

@@ -103,17 +103,22 @@ def _qformer(cfg, widths, out, units, features):
     return Cost(2 * total, 0, 4 * cfg.width * cfg.queries * read)  # a trained norm comes first
 
 
-def sva_block(cfg, width, images, features):
-    """Returns the `Cost` of a block whose queries have a width; see `connector`."""
-    D, queries, read = cfg.width, images * cfg.tokens, sum(features)
+def _places(cfg, images):
+    """Returns what the queries of images read of each tower; sums of features count as one."""
+    return [images * cfg.tokens * side**2 for side in cfg.windows]
+
+
+def sva_block(cfg, width, images):
+    """Returns the `Cost` of an SVA block whose queries have a width."""
+    D, queries, read = cfg.width, images * cfg.tokens, sum(_places(cfg, images))
     each = dense(width + D, D) + 3 * D**2 + dense(D, width)  # enter; q, o, up; down
     return Cost(2 * (queries * each + images * D**2 + read * 2 * D**2), 0, 4 * D * read)
 
 
 def _sva(cfg, widths, out, units, features):
-    first = sum(n * dense(width, cfg.width) for n, width in zip(features, widths, strict=True))
-    block = sva_block(cfg, cfg.width, units[0], features)
-    total = first + sum(features) * cfg.width**2
+    places, block = _places(cfg, units[0]), sva_block(cfg, cfg.width, units[0])
+    first = sum(n * dense(width, cfg.width) for n, width in zip(places, widths, strict=True))
+    total = first + sum(places) * cfg.width**2
     total += units[0] * cfg.tokens * dense(cfg.width, out, out)
     weights = 2 * total + cfg.layers * block.weights
     return Cost(weights, 2 * first, cfg.layers * block.attention)

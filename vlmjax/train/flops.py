@@ -69,7 +69,7 @@ def forward_flops(cfg, stats):
         read = stats.units, stats.features
         parts["connector"] = costs.connector(cfg.connector, widths, m.width, *read)
     if m.extra_num:
-        extra = costs.sva_block(cfg.connector, m.width, stats.units[0], stats.features)
+        extra = costs.sva_block(cfg.connector, m.width, stats.units[0])
         llm = costs.Cost(*(n + m.extra_num * more for n, more in zip(llm, extra, strict=True)))
     return parts | {"llm": llm, "head": costs.Cost(2 * stats.supervised * m.width * m.vocab)}
 

@@ -102,13 +102,13 @@ def check_finite(step, values, ids):
         )
 
 
-def open_batches(run, position):
+def open_batches(run, budgets, position):
     """Returns the iterator of `PackedBatch`es from a `Position` on, made in a thread."""
     stream, processor = build.make_data(run)
     batches = packed_batches(
         stream,
         processor,
-        build.make_budgets(run),
+        budgets,
         run.train.rows,
         pool=run.data.pool,
         form=run.model.form,
@@ -118,10 +118,10 @@ def open_batches(run, position):
     return prefetch(batches)
 
 
-def compile_steps(run, program, mesh, say):
+def compile_steps(run, budgets, program, mesh, say):
     """Returns the compiled train step of each bucket, so that no later step has to compile."""
     compiled = []
-    for budget in build.make_budgets(run):
+    for budget in budgets:
         began = time.monotonic()
         lowered = program.step.lower(program.state, batch_shapes(run, budget, mesh))
         compiled.append(lowered.compile())
@@ -144,16 +144,17 @@ def fill(window, budgets):
     return shares
 
 
-def throughput(run, window, seconds, trained):
+def throughput(run, budgets, window, seconds, trained):
     """Returns the metrics of the steps since the last log line.
 
     Args:
       run: a `build.Run`.
+      budgets: of the buckets.
       window: (bucket, `data.pack.Stats`) of these steps.
       seconds: they took.
       trained: set of trained modules.
     """
-    budgets, stats, by_bucket = build.make_budgets(run), [s for _, s in window], {}
+    stats, by_bucket = [s for _, s in window], {}
     for bucket in sorted({bucket for bucket, _ in window}) if len(budgets) > 1 else ():
         part = [step for step in window if step[0] == bucket]
         values = {"steps": len(part)} | fill(part, budgets)
@@ -194,7 +195,8 @@ def train(config, workdir, tensorboard=False, profile=None):
         state, position = make_state(run, program, workdir)
         factor = schedule(run.optim, run.train.steps)
 
-        start, batches = int(state.step), open_batches(run, position)
+        budgets = build.make_budgets(run)
+        start, batches = int(state.step), open_batches(run, budgets, position)
         steps = traced(range(start + 1, run.train.steps + 1), profile, workdir / "profile")
         train_steps, window, waited, pending, losses = [], [], 0.0, None, {}
         began = time.monotonic()
@@ -203,7 +205,7 @@ def train(config, workdir, tensorboard=False, profile=None):
             checkpoint.Saver(workdir, run.train.keep) as saver,
         ):
             if start < run.train.steps:
-                train_steps = compile_steps(run, program, mesh, writer.say)
+                train_steps = compile_steps(run, budgets, program, mesh, writer.say)
             last = time.monotonic()
             for step in steps:
                 before = time.monotonic()
@@ -233,7 +235,8 @@ def train(config, workdir, tensorboard=False, profile=None):
                     )
                     line["lr_factor"] = float(factor(step - 1))
                     line["data_wait"] = waited / (now - last)
-                    writer.write(step, throughput(run, window, now - last, program.trained) | line)
+                    counts = throughput(run, budgets, window, now - last, program.trained)
+                    writer.write(step, counts | line)
                     window, waited, last = [], 0.0, now
                 if save:
                     meta = {"position": packed.position, "stage": run.stage}
