@@ -14,6 +14,7 @@ Layouts:
     "tiles"   the whole view, then the rows of the map that the tiles form: AnyRes
     "square"  the rows of the one map of a picture that was padded to a square: Cambrian-1
     "slices"  <image>...</image><slice><image>...</image>...\\n...</slice>\\n: MiniCPM-V
+    "numbered" Frame1: <img>...</img>\\nFrame2: <img>...</img>: videos of InternVL
     "frames"  the pooled frames of a video one after another: LLaVA-NeXT-Video
 
 Adding one: a function (tiling, maps of token numbers, format) -> (i32[n] or pieces, pool), and a
@@ -273,6 +274,15 @@ def _slices(tiling, maps, form):
     return [*pieces, Piece(TEXT, "\n")], None
 
 
+def _numbered(tiling, maps, form):
+    pieces = []
+    for k, tokens in enumerate(maps):
+        before = "\n" * (k > 0) + f"Frame{k + 1}: "
+        pieces += [Piece(TEXT, before), Piece(CONTROL, "<img>")]
+        pieces += [_visual(tokens.ravel(), form), Piece(CONTROL, "</img>")]
+    return pieces, None
+
+
 def _frames(tiling, maps, form):
     pool = None
     if form.pool != "none":
@@ -318,5 +328,6 @@ LAYOUTS = {
     "tiles": Layout(_tiles, ("none", "row"), ("base", "unpad", "max_tiles", "pool", "stride")),
     "square": Layout(_square, ("none", "row"), ("unpad",)),
     "slices": Layout(_slices, control=("<image>", "</image>", "<slice>", "</slice>")),
+    "numbered": Layout(_numbered, control=("<img>", "</img>")),
     "frames": Layout(_frames, ("none", "row", "frame", "end"), ("pool", "stride", "fast_every")),
 }

@@ -73,6 +73,11 @@ class Tokenizer:
             self.hf.add_tokens(made, special_tokens=True)
             self.__init__(self.hf)
 
+    @property
+    def reserved(self) -> set[int]:
+        """Ids of the special tokens, which text never becomes."""
+        return self._reserved
+
     def has(self, token: str) -> bool:
         return self._backend.token_to_id(token) is not None
 

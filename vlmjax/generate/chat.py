@@ -50,19 +50,21 @@ class Chat:
         self.stop_ids = [self.tokenizer.id(t) for t in stops if self.tokenizer.has(t)]
 
     @classmethod
-    def from_pretrained(cls, hf_dir, dtype=None):
+    def from_pretrained(cls, hf_dir, dtype=None, template=None):
         """Returns the model of a Hugging Face directory, in any layout that `vlmjax.hf` reads.
 
         Args:
           hf_dir: the directory.
           dtype: "float32" or "bfloat16", of weights and computation; None = as stored.
+          template: of conversations, a key of `data.templates.TEMPLATES`; None = that of the
+            checkpoint, see `hf.load_processor`.
         """
         config = hf.read_config(hf_dir)
         params = hf.load_params(hf_dir, config, dtype)
         stored = str(params["llm"]["embed"]["embedding"].dtype)
         kind = "bfloat16" if stored == "bfloat16" else "float32"
         compute = dataclasses.replace(config.compute, dtype=kind)
-        tokenizer, settings = hf.load_processor(hf_dir)
+        tokenizer, settings = hf.load_processor(hf_dir, template)
         processor = Processor(settings, tokenizer, config.form)
         config = dataclasses.replace(config, compute=compute)
         return cls(config, params, processor, hf.read_max_position(hf_dir))

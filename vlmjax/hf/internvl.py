@@ -110,6 +110,7 @@ def picture(raw: dict, file: Path, sections: tuple[dict, dict], vision: ViTConfi
         strategy=(dict(name="dynamic", side=side, **tiles) if tiles else one,),
         frame=(one,),
         format=dict(control=MARKS),
+        frame_format=dict(layout="numbered"),
     )
 
 

@@ -122,7 +122,7 @@ def write_picture_processor(
     name = {"processor_class": processor["processor_class"]}
     more = dict(named and {"extra_special_tokens": dict(named), **named})
     _write_tokenizer(directory, tokenizer, name | more)
-    tokens = config.image_token, config.video_token
+    tokens = config.image_token, named.get("video_token", config.video_token)
     template = make_chat_template(TEMPLATES[config.template], *tokens)
     (directory / TEMPLATE).write_text(template)
     _write_sections(directory, *sections, processor | {OURS: dataclasses.asdict(config)}, name)

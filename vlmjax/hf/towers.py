@@ -5,6 +5,7 @@ those of a configuration and refuses leaves without one. Keys are relative to th
 """
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -106,6 +107,7 @@ INTERNVIT_TRANSFORMERS = (
     ("blocks/attn/k_norm/scale", "encoder.layer.{}.attention.k_norm.weight", "D -> D"),
     ("blocks/attn_scale/scale", "encoder.layer.{}.lambda_1", "D -> D"),
     ("blocks/mlp_scale/scale", "encoder.layer.{}.lambda_2", "D -> D"),
+    *_both("norm", "layernorm"),  # without use_mean_pooling
 )
 EVA2 = (  # CogVLM2 and GLM-4V; the norms of a block are named after where others have them
     ("class_token/embedding", "patch_embedding.cls_embedding", "1 D -> 1 D"),
@@ -205,6 +207,7 @@ def kind_of(cfg: ViTConfig | ConvNeXtConfig) -> str:
     return "clip" if cfg.embed_norm else "siglip"
 
 
+@functools.lru_cache(maxsize=64)
 def _shapes(cfg) -> dict[str, tuple]:
     """path -> shape of each leaf of a tower."""
     make = ConvNeXt if isinstance(cfg, ConvNeXtConfig) else ViT
