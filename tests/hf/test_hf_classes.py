@@ -69,7 +69,8 @@ def test_what_no_class_computes_is_refused_with_the_reason(change, read, tmp_pat
         picture = settings.picture | _square(settings, **view)
         settings = dataclasses.replace(settings, picture=picture)
     with pytest.raises(ValueError, match=message) as error:
-        hf.save_pretrained(tmp_path / "out", cfg, params, tokenizer, settings)
+        out = tmp_path / "out"
+        hf.save_pretrained(out, cfg, params, tokenizer, settings, format="transformers")
     assert "its own code" in str(error.value) or change in ("activation", "rotary")
     assert not (tmp_path / "out").exists()
 

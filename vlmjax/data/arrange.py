@@ -328,6 +328,6 @@ LAYOUTS = {
     "tiles": Layout(_tiles, ("none", "row"), ("base", "unpad", "max_tiles", "pool", "stride")),
     "square": Layout(_square, ("none", "row"), ("unpad",)),
     "slices": Layout(_slices, control=("<image>", "</image>", "<slice>", "</slice>")),
-    "numbered": Layout(_numbered),
+    "numbered": Layout(_numbered, control=("<img>", "</img>")),
     "frames": Layout(_frames, ("none", "row", "frame", "end"), ("pool", "stride", "fast_every")),
 }

@@ -1,7 +1,9 @@
 """Cambrian-1 in the layout of its repository (cambrian-mllm/cambrian): config.json, read only.
 
-Its config.json names the towers, which are frozen and not in the checkpoint: `tower_config` knows
-their sizes, and their weights are looked for beside it.
+Its config.json names the towers, which are frozen and in no released checkpoint: `tower_config`
+knows their sizes, and their weights are looked for in DIR/vision, DIR/vision_2, ... A ConvNeXt and
+a SigLIP (whose GELU is exact there) are directories of open_clip with open_clip_model.safetensors,
+CLIP and DINOv2 those of transformers.
 """
 
 import dataclasses
@@ -17,6 +19,7 @@ from vlmjax.vlm import VLMConfig
 
 TOWERS = "mm_vision_tower_aux_list"
 TOKENS = "mm_vision_tower_aux_token_len_list"
+KINDS = ("cambrian_llama", "llava_llama")
 PLACEHOLDERS = ("<image>", "<|reserved_special_token_0|>", "<unk>")
 # What models that were made from it add, and that changes the function.
 OTHERS = ("highres", "is_st_sampler", "frame_pos", "connect_layer")
@@ -43,6 +46,8 @@ def _side(tokens: int, name: str, file: Path) -> int:
 
 def read(raw: dict, file: Path) -> dict:
     """The fields of a `VLMConfig`."""
+    if raw.get("model_type") not in KINDS:
+        need(raw, file, "model_type", " or ".join(KINDS))
     need(raw, file, "mm_projector_type", "sva")
     need(raw, file, "num_query_group", 1)
     need(raw, file, "mm_vision_select_feature", "patch")

@@ -17,6 +17,17 @@ PART = """
                 {{{{- raise_exception('a part is text, image or video, not ' + part['type']) }}}}
             {{%- endif %}}
 """.strip("\n")
+PICTURES = """
+    {{%- if message['content'] is not string %}}
+        {{%- for part in message['content'] %}}
+            {{%- if part['type'] == 'image' %}}
+                {{{{- {image} }}}}
+            {{%- elif part['type'] == 'video' %}}
+                {{{{- {video} }}}}
+            {{%- endif %}}
+        {{%- endfor %}}
+    {{%- endif %}}
+""".strip("\n")
 
 
 def make_chat_template(template: Template, image: str, video: str) -> str:
@@ -32,9 +43,14 @@ def make_chat_template(template: Template, image: str, video: str) -> str:
             "    " + _say(template.system.join(turn)),
             "{%- endif %}",
         ]
-    lines += ["{%- for message in messages %}", *_by_role(template, 0)]
-    part = PART.format(image=_text(before + image + after), video=_text(before + video + after))
+    shown = dict(image=_text(before + image + after), video=_text(before + video + after))
+    lines.append("{%- for message in messages %}")
+    if template.place == "first":
+        lines.append(PICTURES.format(**shown))
+        shown = dict(image=_text(""), video=_text(""))
+    part = PART.format(**shown)
     lines += [
+        *_by_role(template, 0),
         "    {%- if message['content'] is string %}",
         "        {{- message['content'] }}",
         "    {%- else %}",

@@ -160,15 +160,14 @@ def _decide(format, cfg, settings: ProcessorConfig, tokenizer: Tokenizer, max_po
     if format == "remote":
         return None
     try:
-        ids = _token_ids(tokenizer, settings)
-        return ids, _fit(cfg, settings, ids, max_position)
+        _fit(cfg, settings, dict.fromkeys(("image", "video"), 0), max_position)
     except ValueError as reason:
         if format == "transformers":
             raise
-        print(
-            f"no class of transformers computes this model, so our own code goes with it: {reason}"
-        )
+        print(f"no class of transformers computes this model, so our own code goes along: {reason}")
         return None
+    ids = _token_ids(tokenizer, settings)
+    return ids, _fit(cfg, settings, ids, max_position)
 
 
 def _fit(cfg, settings: ProcessorConfig, ids: dict, max_position: int) -> Fit | None:

@@ -2,7 +2,8 @@
 
 Where the names come from: those of 360VL, Cambrian-1, CogVLM2, MiniCPM-V and VILA from the code of
 their repositories and the files that pin our modules to it; those of GLM-4V from the converter of
-chatglm.cpp, which lists them all.
+chatglm.cpp, which lists them all. Unverified: the tower's names in 360VL, whose released files may
+not hold it.
 """
 
 _CLIP = {"clip": ("clip", "vision_model."), "siglip": ("siglip", "vision_model.")}

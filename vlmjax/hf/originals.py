@@ -19,7 +19,6 @@ from types import ModuleType
 from vlmjax.data.processor import ProcessorConfig
 from vlmjax.data.tokenizer import Tokenizer
 from vlmjax.hf import cambrian, cogvlm, glm4v, minicpm_v, qihoo_360vl, vila
-from vlmjax.hf.chat_template import find_template
 from vlmjax.vlm import VLMConfig
 
 SYSTEMS = (qihoo_360vl, cambrian, cogvlm, glm4v, minicpm_v, vila)
@@ -62,8 +61,8 @@ def processor(
       file: it.
       cfg: what `read` makes of it.
       tokenizer: of the model.
-      template: a key of `data.templates.TEMPLATES`; None = the one whose text the chat template of
-        the tokenizer renders, or the usual one of the system.
+      template: a key of `data.templates.TEMPLATES`; None = the usual one of the system (chat
+        templates of these tokenizers are those of the decoder alone, which know no pictures).
     """
     system = find(raw)
     token = next((token for token in system.PLACEHOLDERS if tokenizer.has(token)), None)
@@ -72,12 +71,11 @@ def processor(
             f"the tokenizer of {file.parent} has none of {', '.join(system.PLACEHOLDERS)}; one of "
             "them stands where pictures are; use the tokenizer of the released model"
         )
-    usual = system.template(raw, file, tokenizer.has)
     return ProcessorConfig(
         patch=next(iter(cfg.encoders.values())).patch,
         image_token=token,
         video_token=token,
         max_frames=raw.get("num_video_frames") or MAX_FRAMES,
-        template=template or find_template(tokenizer, token) or usual,
+        template=template or system.template(raw, file, tokenizer.has),
         picture=system.picture(raw, file, cfg),
     )
