@@ -115,7 +115,6 @@ def loss_of(run, params, batch):
     return float(jax.jit(lambda p: objective(bind(graphdef, unflatten(p)), batch)[0])(params))
 
 
-FAST = {("llava_1_5", "")}
 CASES = [(name, variant) for name, variants in TINY.items() for variant in variants]
 
 
