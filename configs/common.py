@@ -143,6 +143,8 @@ def recipe(
 ):
     """Returns the config, as a dict, of a stage of a system that sees pictures by a strategy.
 
+    No slice was planned for these systems: whether one holds a size is for `aot` to say.
+
     Args:
       name: folder of its runs.
       arg: of `parse_arg`, with `stage` and `slice`.

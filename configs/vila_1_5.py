@@ -73,6 +73,6 @@ def get_config(arg=None):
         length={1: 2560, 2: 4096, 3: 4096}[stage],
         views=VIEWS[stage] * (5 if size == "3b_s2" else 1),
         per_row=PER_ROW[stage],
-        video=dict(max_frames=8),
+        video=dict(max_frames=8),  # unverified
     )
     return ConfigDict(tiny(c, views=40) if arg["tiny"] else c)

@@ -134,13 +134,13 @@ def test_the_product_is_what_was_meant():
     assert kinds == set(build.CONNECTORS)
 
 
-# Pinned: a rule that refuses more or less has to say so here.
+# Cells that the rules let pass. Pinned: a rule that refuses more or less has to say so here.
 FIT = 472
 
 
 def test_how_many_fit():
     fit, refused = walk()
-    print(f"\n{len(fit)} of {len(CELLS)} cells build; the others:")
+    print(f"\n{len(fit)} of {len(CELLS)} cells pass the rules; the others:")
     for why, number in collections.Counter(refused.values()).most_common():
         print(f"{number:5d}  {why}")
     assert len(fit) == FIT and len(fit) + len(refused) == len(CELLS) == 864
