@@ -18,11 +18,12 @@ from vlmjax.train.program import batch_shapes, make_program
 FIRST = {(name, args[-1]) for name, args in RECIPES.items()}
 
 
-def slow_but(fast, cases):
-    return [c if c in fast else pytest.param(*c, marks=pytest.mark.slow) for c in cases]
+def long_but(fast, cases, marks=()):
+    """The cases, those that are not in `fast` (which has `marks`) with the marker of long tests."""
+    return [pytest.param(*c, marks=marks if c in fast else pytest.mark.long) for c in cases]
 
 
-@pytest.mark.parametrize(("name", "arg"), slow_but(FIRST, ALL))
+@pytest.mark.parametrize(("name", "arg"), long_but(FIRST, ALL))
 def test_lowers_at_full_size(name, arg):
     """Abstractly, with one row: nothing is allocated, nothing is compiled."""
     run = build.resolve(config(name, arg))
@@ -119,8 +120,7 @@ def loss_of(run, params, batch):
 CASES = [(name, variant) for name, variants in TINY.items() for variant in variants]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "variant"), CASES)
+@pytest.mark.parametrize(("name", "variant"), long_but(CASES[:1], CASES, pytest.mark.slow))
 def test_tiny_variant_trains(name, variant, tmp_path):
     """All stages in sequence: the loss falls, what is frozen stays, the last stage resumes."""
     before = None

@@ -52,7 +52,7 @@ for name in NAMES:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_eight_devices_equal_one():
     root = Path(__file__).parents[1]
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"

@@ -20,9 +20,9 @@ from vlmjax.vlm import VLM
 
 
 def systems_of(*fast):
-    """Parametrizes by all systems; those that are not named are slow."""
-    slow = pytest.mark.slow
-    names = [pytest.param(n, marks=() if n in fast else slow) for n in systems.SYSTEMS]
+    """Parametrizes by all systems; those that are not named have the marker of long tests."""
+    long = pytest.mark.long
+    names = [pytest.param(n, marks=() if n in fast else long) for n in systems.SYSTEMS]
     return pytest.mark.parametrize("name", names)
 
 

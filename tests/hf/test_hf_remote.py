@@ -78,11 +78,12 @@ def _compare(chat, found, chats):
     np.testing.assert_array_equal(found["uncached"], answers[-1].tokens)
 
 
+@pytest.mark.slow
 def test_transformers_runs_an_export_as_we_do(tmp_path):
     _check(QUICK, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", [name for name in ALL if name not in QUICK])
 def test_transformers_runs_each_system_as_we_do(name, tmp_path):
     _check([name], tmp_path)

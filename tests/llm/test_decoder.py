@@ -213,7 +213,7 @@ def test_generation_goes_on_behind_shared_positions():
     graphdef, _ = nn.unbind(jax.eval_shape(lambda: VLM(cfg, rngs=nnx.Rngs(0))))
     params = {"llm": nn.unbind(_decoder(PLAIN))[1]}
     rng, lengths = np.random.default_rng(0), np.array([7, 5], np.int32)
-    batch = empty_batch(2, Budget(8, 0, 0), 0)
+    batch = empty_batch(2, Budget(8, 0, 0), cfg.form)
     batch.tokens[:] = rng.integers(0, 61, (2, 8))
     for row, n in enumerate(lengths):
         batch.segments[row, :n] = 1

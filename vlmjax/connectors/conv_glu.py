@@ -70,4 +70,4 @@ class ConvGLU(nnx.Module):
         x = x.reshape(*x.shape[:2], -1)
         x = self.dense(self.conv(x) if self.cfg.window > 1 else x)
         x = self.mlp(jax.nn.gelu(self.norm(x), approximate=False))
-        return (x / self.cfg.scaling)[:, :, None]
+        return (x / self.cfg.scaling).reshape(*x.shape[:2], 1, -1)

@@ -120,7 +120,8 @@ class MLP(nnx.Module):
           size: not read.
           weights: for each source f32[B, U, G], read by reduce="weighted".
         """
-        return run_dense(self, self.merge(x, mask, weights))[:, :, None]
+        y = run_dense(self, self.merge(x, mask, weights))
+        return y.reshape(*y.shape[:2], 1, -1)
 
     def merge(self, x, mask, weights=None):
         """Returns [B, U, window^2 * sum of C], what the first norm or map gets."""
