@@ -152,8 +152,7 @@ def recipe(
       lr: table.
       picture: settings of `data.picture.PictureConfig`.
       template: of conversations.
-      placeholder: a token of the tokenizer that stands where visual tokens go; its embedding is
-        never read.
+      placeholder: a token that stands where visual tokens go; its embedding is never read.
       batch: samples of a step. A row holds about `per_row` of them, so many rows a step has.
       steps: of the stage.
       tokens, views: slots of a row, see `DataConfig.budget`.
