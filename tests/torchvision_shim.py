@@ -24,11 +24,11 @@ def install() -> bool:
     except RuntimeError as error:
         if "operator torchvision::" not in str(error):
             raise
-        import torch
+        from torch import library
 
         for name in OPERATORS:
             schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            torch.library.define(f"torchvision::{name}", schema)
+            library.define(f"torchvision::{name}", schema)
         for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
             del sys.modules[name]
         importlib.import_module("torchvision")
