@@ -12,7 +12,7 @@ from vlmjax.data.picture import PictureConfig, Show
 from vlmjax.vision.convnext import ConvNeXtConfig
 
 # Pictures that are tried, as (width, height) in sides of a view.
-PICTURES = ((1, 1), (2, 2), (0.3, 0.4), (3, 2), (1, 2.5), (4, 1))
+PICTURES = ((1, 1), (2, 2), (0.3, 0.4), (3, 2), (1, 2.5), (6, 1))
 
 
 def check(model, picture):

@@ -137,6 +137,14 @@ def test_golden_buckets(golden):
     ]
 
 
+@pytest.mark.parametrize("n", [71, 78, 137, 210])
+def test_more_patches_than_places_share_them(n):
+    """As in an elongated picture; torch's bucketize gives the same."""
+    found = buckets(n, 70)
+    assert set(found) == set(range(70)) and (np.diff(found) >= 0).all()
+    assert np.abs(found - np.arange(n) * 70 // n).max() <= 1
+
+
 def test_buckets_of_transformers():
     """Idefics2 multiplies where the original steps; known to differ at 49 and 58 patches."""
     differ = []

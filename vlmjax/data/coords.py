@@ -35,7 +35,7 @@ def bucket_coords(
     """Returns the buckets of the patches in a position table of fractional places (NaViT).
 
     Args:
-      grid: (rows, columns) of patches, at most `side` each.
+      grid: (rows, columns) of patches.
       side: as in `table_coords`; 70 for MiniCPM-Llama3-V 2.5.
       arithmetic: "original" (MiniCPM) or "transformers" (Idefics2); at 70 they differ where an axis
         has 49 or 58 patches.
@@ -60,11 +60,12 @@ def _table_axis(n, side):
 
 @functools.lru_cache(maxsize=512)
 def buckets(n: int, side: int, arithmetic: str = "original") -> np.ndarray:
-    """Returns i32[n]: how many of the boundaries j / side lie at or below i / n, for i < n."""
+    """Returns i32[n]: how many of the boundaries j / side lie at or below i / n, for i < n.
+
+    More patches than the table has places share them, as in an elongated picture.
+    """
     if arithmetic not in ("original", "transformers"):
         raise ValueError(f"arithmetic is {arithmetic!r}: use 'original' or 'transformers'")
-    if not 1 <= n <= side:
-        raise ValueError(f"{n} patches on an axis, the table has {side} places: shrink the image")
     step = np.float32(1) / np.float32(n)
     if arithmetic == "original":
         # torch's arange makes full blocks of eight from a start that is rounded to float32; the
