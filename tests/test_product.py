@@ -146,13 +146,8 @@ def test_how_many_fit():
     assert len(fit) == FIT and len(fit) + len(refused) == len(CELLS) == 864
 
 
-def long_but(number, cases):
-    """The cases, all but the first `number`, which are slow, with the marker of long tests."""
-    marks = pytest.mark.slow, pytest.mark.long
-    return [pytest.param(c, marks=marks[k >= number]) for k, c in enumerate(cases)]
-
-
-@pytest.mark.parametrize("encoder", long_but(1, ENCODERS))
+@pytest.mark.long
+@pytest.mark.parametrize("encoder", ENCODERS)
 def test_what_fits_gives_logits(encoder):
     """Abstractly, of rows of 96 tokens and 10 views."""
     for names, (model, picture) in walk()[0].items():
@@ -195,7 +190,8 @@ def drawn():
     return [fit[k] for k in np.random.default_rng(4).choice(len(fit), 60, replace=False)]
 
 
-@pytest.mark.parametrize("number", long_but(3, range(60)))
+@pytest.mark.long
+@pytest.mark.parametrize("number", range(60))
 def test_a_cell_takes_a_step(number):
     """The loss of its two samples falls, and something of every part moves."""
     model, picture = walk()[0][drawn()[number]]

@@ -18,9 +18,9 @@ from vlmjax.train.program import batch_shapes, make_program
 FIRST = {(name, args[-1]) for name, args in RECIPES.items()}
 
 
-def long_but(fast, cases, marks=()):
-    """The cases, those that are not in `fast` (which has `marks`) with the marker of long tests."""
-    return [pytest.param(*c, marks=marks if c in fast else pytest.mark.long) for c in cases]
+def long_but(fast, cases):
+    """The cases, those that are not in `fast` with the marker of long tests."""
+    return [pytest.param(*c, marks=() if c in fast else pytest.mark.long) for c in cases]
 
 
 @pytest.mark.parametrize(("name", "arg"), long_but(FIRST, ALL))
@@ -120,7 +120,8 @@ def loss_of(run, params, batch):
 CASES = [(name, variant) for name, variants in TINY.items() for variant in variants]
 
 
-@pytest.mark.parametrize(("name", "variant"), long_but(CASES[:1], CASES, pytest.mark.slow))
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "variant"), CASES)
 def test_tiny_variant_trains(name, variant, tmp_path):
     """All stages in sequence: the loss falls, what is frozen stays, the last stage resumes."""
     before = None

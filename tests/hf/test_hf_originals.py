@@ -52,7 +52,7 @@ def test_directories_are_read_bit_equal(name, tmp_path):
 
 
 # Four towers take their time to compile.
-SLOW = [pytest.param(n, marks=pytest.mark.slow) if n == "cambrian" else n for n in NAMES]
+SLOW = [pytest.param(n, marks=pytest.mark.long) if n == "cambrian" else n for n in NAMES]
 
 
 @pytest.mark.parametrize("name", SLOW)

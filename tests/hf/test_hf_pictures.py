@@ -79,7 +79,7 @@ def test_export_loads_and_computes_the_same(case):
     assert len(stored) == len(set(stored)) and "language_model.model.norm.weight" in stored
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_greedy_tokens_of_the_export(case):
     name, _, _, ours, out = case
     again = AutoModelForImageTextToText.from_pretrained(out)

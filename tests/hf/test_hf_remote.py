@@ -78,7 +78,7 @@ def _compare(chat, found, chats):
     np.testing.assert_array_equal(found["uncached"], answers[-1].tokens)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_transformers_runs_an_export_as_we_do(tmp_path):
     _check(QUICK, tmp_path)
 

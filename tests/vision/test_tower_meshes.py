@@ -57,7 +57,7 @@ for name, tower in towers.items():
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_eight_devices_equal_one():
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
