@@ -76,7 +76,7 @@ def test_a_slow_average_is_followed(dtype):
     assert np.abs(updates["x"]).max() < 1.5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_training_loses_little(tmp_path):
     """Loss after 80 steps on the same batches, within 3 % of moments in f32."""
     reached = {}
