@@ -28,13 +28,13 @@ from vlmjax.train.step import init_state, make_train_step
 from vlmjax.vlm import VLM
 
 TINY = dict(width=24, mlp=32, layers=2, heads=2, patch=6)
-WIDE = dict(side=70)  # buckets for elongated views
 CONV = dict(widths=(8, 12), depths=(1, 1), rows=8, columns=8, grid=4, patch=3)
 ENCODERS = {
     **{
         name: TINY | dict(preset=name, side=4)
         for name in (
             "siglip_so400m_14_384",
+            "siglip_navit",
             "siglip_minicpm_v_2",
             "clip_l_14_336",
             "dfn5b_h_14_378",
@@ -46,7 +46,6 @@ ENCODERS = {
             "eva2_clip_e",
         )
     },
-    "siglip_navit": TINY | dict(preset="siglip_navit", **WIDE),
     "convnext_xxl": dict(type="convnext", preset="convnext_xxl", **CONV),
 }
 QUERIES = dict(queries=4)

@@ -5,16 +5,21 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+import torchvision_shim
+from PIL import Image
 from recipes import ALL, RECIPES, TINY, config, stages
 from test_train import first_batch
 
+import vlmjax
 from vlmjax import build, checkpoint, sharding
-from vlmjax.nn import bind, unflatten
+from vlmjax.generate.chat import Chat
+from vlmjax.nn import bind, flatten, unflatten
 from vlmjax.objectives import OBJECTIVES
 from vlmjax.train import loop
 from vlmjax.train.optimizer import resolve_lr
 from vlmjax.train.program import batch_shapes, make_program
 
+torchvision_shim.install()  # before an export looks for transformers' configs
 FIRST = {(name, args[-1]) for name, args in RECIPES.items()}
 
 
@@ -123,7 +128,7 @@ CASES = [(name, variant) for name, variants in TINY.items() for variant in varia
 @pytest.mark.long
 @pytest.mark.parametrize(("name", "variant"), CASES)
 def test_tiny_variant_trains(name, variant, tmp_path):
-    """All stages in sequence: the loss falls, what is frozen stays, the last stage resumes."""
+    """All stages in sequence: the loss falls, what is frozen stays; the last resumes, is exported and read."""
     before = None
     for stage in stages(name):
         c = config(name, "tiny", variant, f"stage={stage}")
@@ -146,6 +151,21 @@ def test_tiny_variant_trains(name, variant, tmp_path):
     loop.train(c, before)
     again = checkpoint.restore_params(before)[0]
     assert all(same(again[p], end[p]) for p in end)
+    exports_and_reloads(end, before, tmp_path / "hf")
+
+
+def exports_and_reloads(params, workdir, out):
+    """The export of a run has its weights, and scores a picture as the run does."""
+    chat = Chat.from_run(workdir)
+    read = vlmjax.from_pretrained(chat.save_pretrained(out))
+    weights = flatten(read.params)
+    assert weights.keys() == params.keys()
+    assert all(same(weights[p], params[p]) for p in params)
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 255, (40, 60, 3), dtype=np.uint8))
+    asked = [{"type": "image", "image": picture}, {"type": "text", "text": "what?"}]
+    messages = [{"role": "user", "content": asked}]
+    np.testing.assert_allclose(read.logits(messages), chat.logits(messages), atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -98,11 +98,6 @@ def view_grids(tower, tiling, what):
                 f"side={side}, which position='table' looks up as it is; take position='bicubic', "
                 f"or views of {side * tower.patch} pixels"
             )
-        elif position == "bucket" and max(grid) > side:
-            raise ValueError(
-                f"the positions of the encoder and the strategy disagree: {shown} for a table of "
-                f"side={side}, which has no more buckets; make the views smaller or side larger"
-            )
     return grids
 
 
