@@ -128,7 +128,10 @@ CASES = [(name, variant) for name, variants in TINY.items() for variant in varia
 @pytest.mark.long
 @pytest.mark.parametrize(("name", "variant"), CASES)
 def test_tiny_variant_trains(name, variant, tmp_path):
-    """All stages in sequence: the loss falls, what is frozen stays; the last resumes, is exported and read."""
+    """All stages in sequence: the loss falls, what is frozen stays, the last stage resumes.
+
+    Its export is read back.
+    """
     before = None
     for stage in stages(name):
         c = config(name, "tiny", variant, f"stage={stage}")
