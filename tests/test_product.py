@@ -134,7 +134,7 @@ def test_the_product_is_what_was_meant():
 
 
 # Cells that the rules let pass. Pinned: a rule that refuses more or less has to say so here.
-FIT = 472
+FIT = 452
 
 
 def test_how_many_fit():

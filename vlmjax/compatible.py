@@ -7,6 +7,7 @@ newline a row to end. Each rule below is about two parts. They see the tilings t
 make for some pictures, never pixels, and run when a config is resolved.
 """
 
+from vlmjax.connectors.c_abstractor import CAbstractorConfig
 from vlmjax.connectors.sva import SVAConfig
 from vlmjax.data.picture import PictureConfig, Show
 from vlmjax.vision.convnext import ConvNeXtConfig
@@ -31,6 +32,7 @@ def check(model, picture):
     show = Show(settings, model.form)  # names vectors that a format lacks
     resampled(model, settings)
     pooled(model, show)
+    sides = {}
     for video, images in ((False, 1), (False, 2), (True, 1)):
         form = show.frame_format if video else show.format
         for width, height in pictures(show, video, images):
@@ -41,6 +43,8 @@ def check(model, picture):
                 for tower, tiling in zip(model.encoders.values(), tilings, strict=True)
             ]
             mapped(model, settings, tilings, grids)
+            if isinstance(model.connector, CAbstractorConfig):
+                squares(settings, tilings, model.form, grids, sides, what)
             # A video is arranged frame after frame, an image view after view.
             if form.layout != "frames":
                 arranged(model, settings, form, tilings[0])
@@ -151,6 +155,27 @@ def mapped(model, settings, tilings, grids):
             )
     if isinstance(connector, SVAConfig):
         aggregated(connector, settings, tilings, model.form, grids)
+
+
+def squares(settings, tilings, form, grids, sides, what):
+    """The C-Abstractor maps squares, for each source all of one size.
+
+    Args:
+      sides: {source: side} of pictures before, which is added to.
+    """
+    for source, e in enumerate(form.encoders):
+        tiles = tilings[e].maps if settings.stitch == "tiles" else [(1, 1)] * len(grids[e])
+        turn, turns = form.encoders[:source].count(e), form.encoders.count(e)
+        first = [sum(r * c for r, c in tiles[:k]) for k in range(len(tiles))]
+        for k in range(turn, len(tiles), turns):
+            (rows, columns), (h, w) = tiles[k], grids[e][first[k]]
+            side = sides.setdefault(source, rows * h)
+            if (rows * h, columns * w) != (side, side):
+                raise ValueError(
+                    f"the C-Abstractor and the strategy disagree: {what} gives source {source} a "
+                    f"map of {rows * h} x {columns * w} patches, it takes squares of one size "
+                    f"({side} x {side}); take a strategy of square views, or another connector"
+                )
 
 
 def aggregated(connector, settings, tilings, form, grids):

@@ -8,8 +8,8 @@ from the groups and counts of VideoLLaMA3's tables 1 to 4 (arXiv:2501.13106), wi
 and durations of videos that we chose, through the resize rule of the model.
 
 A row has 16,384 token and 40,960 patch slots. Fill is the share of the slots that a method computes
-which hold something: of the padded batch for the two that pad, of the fixed row for the others. A row can be full of
-patches before it is full of tokens; `row_fill` is the mean of the larger of both.
+which hold something: of the padded batch for the two that pad, of the fixed row for the others. A
+row can be full of patches before it is full of tokens; `row_fill` is the mean of the larger share.
 Imbalance is how much more patches the fullest of 256 shards has than the average one, each shard
 with one row (two samples for the methods that do not pack), over all steps.
 """

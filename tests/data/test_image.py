@@ -6,11 +6,13 @@ import zlib
 
 import numpy as np
 import pytest
+import torchvision_shim
 from PIL import Image
 
 from vlmjax.data.image import MAX_PIXELS, image_size, load_image
 from vlmjax.data.resize import Clip, patch_rows, resize_transformers
 
+torchvision_shim.install()
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (9, 14, 3), dtype=np.uint8)
 

@@ -4,7 +4,7 @@
 REASONS = {
     "missing_file": "a media file is not there or is empty",
     "damaged_media": "a media file is truncated, or no picture or video",
-    "hostile_media": "a media file costs more than it may: pixels, frames, duration, time to decode",
+    "hostile_media": "a media file costs more than it may: pixels, duration, time to decode",
     "outside_root": "a media path leads outside its folder, or is a link that does",
     "remote_media": "a media path is a URL; nothing is ever fetched",
     "malformed": "the annotation lacks a key, or has a value of another type",

@@ -49,8 +49,18 @@ class Media(NamedTuple):
     slots: list[tuple[int, int]]
 
 
-def gather(messages: Sequence[dict], *, max_frames: int, max_stream_frames: int, **choice) -> Media:
-    """Returns the media of checked messages; `choice` goes to `video.open_video`."""
+def gather(
+    messages: Sequence[dict],
+    *,
+    max_frames: int,
+    max_stream_frames: int,
+    decode: bool = True,
+    **choice,
+) -> Media:
+    """Returns the media of checked messages; `choice` goes to `video.open_video`.
+
+    Without `decode` only headers are read.
+    """
     found, media, slots, stream = [], [], [], None
     for message in messages:
         if isinstance(message["content"], str):
@@ -72,7 +82,7 @@ def gather(messages: Sequence[dict], *, max_frames: int, max_stream_frames: int,
                 slots.append((stream, len(media[stream].sources) - 1))
             elif part["type"] == "image":
                 slots.append((len(media), 0))
-                media.append(_image(_source(part, "image"), is_video=False))
+                media.append(_image(_source(part, "image"), is_video=False, decode=decode))
             parts.append(part)
         found.append({**message, "content": parts})
     if stream is not None and len(media[stream].sources) > max_stream_frames:
@@ -98,8 +108,8 @@ def _size(source) -> tuple[int, int]:
     return image.image_size(source)
 
 
-def _image(source, is_video: bool) -> Medium:
-    if not is_video and not isinstance(source, video.VideoFrame):
+def _image(source, is_video: bool, decode: bool = True) -> Medium:
+    if decode and not is_video and not isinstance(source, video.VideoFrame):
         source = image.load_image(
             source
         )  # one look at the file; a stream is decoded frame by frame

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 
 from vlmjax.batch import empty_batch
+from vlmjax.data.health import BadRecord
 from vlmjax.data.sample import group_bases, number_tokens
 
 NORMALISATIONS = ("token", "sample", "sqrt")
@@ -73,16 +74,18 @@ def check_fits(sample, *budgets):
         for budget in budgets
     ]
     if all(over):
-        raise ValueError(
+        raise BadRecord(
+            "too_long",
             f"record {sample.id!r} has {'; '.join(over)}: it fits no row and is never cut "
             "silently. Raise the row budget of data.budget, or lower the processor's "
-            "max_visual_tokens or max_frames"
+            "max_visual_tokens or max_frames",
         )
     kept, slots = sum(int(i.keep.sum()) for i in sample.items), int(sample.visual.sum())
     if sample.placement is None and kept != slots:
-        raise ValueError(
+        raise BadRecord(
+            "placeholders",
             f"record {sample.id!r} has {slots} placeholders for {kept} visual tokens; they "
-            "must be equal"
+            "must be equal",
         )
     return sizes
 

@@ -20,10 +20,10 @@ from vlmjax import batch
 from vlmjax.data import units
 from vlmjax.data.arrange import Arrangement, Format, arrange
 from vlmjax.data.coords import COORDS
-from vlmjax.data.resize import patch_rows
+from vlmjax.data.resize import blank_rows, patch_rows
 from vlmjax.data.sample import Item, Placement, group_bases, number_tokens
 from vlmjax.data.strategies import Plan, strategy
-from vlmjax.data.views import Tiling, render
+from vlmjax.data.views import Tiling, blanks, render
 
 RESAMPLE = {
     "none": lambda m: units.unpooled(m),
@@ -67,6 +67,13 @@ class PictureConfig:
                 raise ValueError(f"resample has {op}: use one of {sorted(RESAMPLE)}, or ()")
 
 
+class Blank(NamedTuple):
+    """The size of a picture, where its pixels do not matter."""
+
+    width: int
+    height: int
+
+
 class Seen(NamedTuple):
     """A picture or a video: its views, the units of each source, and what stands for it."""
 
@@ -100,7 +107,7 @@ class Show:
         """Returns what the model sees of an image (one frame) or a video.
 
         Args:
-          frames: RGB images.
+          frames: RGB images, or `Blank`s where pixels do not matter.
           video: whether they are frames of a video.
           images: number of images in the sample, those of videos not counted.
         """
@@ -109,7 +116,7 @@ class Show:
             chosen = self.plan(image.width, image.height, images=images, video=video)
             tilings.append(chosen)
             for encoder, tiling in enumerate(chosen):
-                views = render(image, tiling)
+                views = blanks(tiling) if isinstance(image, Blank) else render(image, tiling)
                 items[encoder] += [self._item(encoder, view) for view in views]
         found = [
             self._units(k, [t[e] for t in tilings], items[e], video)
@@ -123,8 +130,12 @@ class Show:
     def _item(self, encoder, view):
         tower = self.form.towers[encoder]
         h, w = (n // tower.patch for n in view.shape[:2])
-        pixels = np.ascontiguousarray(view[: h * tower.patch, : w * tower.patch])
-        rows = patch_rows(Image.fromarray(pixels), pixels.shape[:2], tower.patch, 1)
+        pixels = view[: h * tower.patch, : w * tower.patch]
+        if 0 in pixels.strides:
+            rows = blank_rows(pixels.shape[:2], tower.patch)
+        else:
+            image = Image.fromarray(np.ascontiguousarray(pixels))
+            rows = patch_rows(image, pixels.shape[:2], tower.patch, 1)
         return Item(
             rows,
             (h, w),
@@ -175,7 +186,7 @@ def row_budget(show: Show, tokens: int, views: int, multiple: int = 1) -> batch.
     of tokens with weights of their own, are a multiple of `multiple` where padding can be added.
     """
     side = 8 * max(tower.patch * max(tower.side, 32) for tower in show.form.towers)
-    image, form = Image.new("RGB", (side, side)), show.form
+    image, form = Blank(side, side), show.form
     kinds = [(False, 1), (False, 2), (True, 1)]
     shown = [show([image], video=video, images=images) for video, images in kinds]
     number = [sum(item.encoder == 0 for item in seen.items) for seen in shown]
@@ -194,6 +205,7 @@ def row_budget(show: Show, tokens: int, views: int, multiple: int = 1) -> batch.
     widest = [max(s.units[k].index.shape[1] for s in shown) for k in range(len(form.encoders))]
     visual = sum(n * units_of[sources[0]] for sources, n in form.groups)
     routed = {"none": 0, "expert": min(tokens, padded(visual + views)), "queries": visual}
+    most = show.most_patches if form.unit.kind == "map" else 0
     pools = [s.arrangement.pool for s in shown if s.arrangement.pool is not None]
     widths = [pool.index.shape[1] for pool in pools]
     pooled = (tokens if views else 0, max(widths, default=1))
@@ -201,7 +213,7 @@ def row_budget(show: Show, tokens: int, views: int, multiple: int = 1) -> batch.
         tokens,
         tuple(map(slots, range(len(form.towers)))),
         tuple(units_of),
-        tuple(max(n, show.most_patches) for n in widest),
+        tuple(max(n, most) for n in widest),
         pooled if form.pool != "none" else (0, 0),
         routed[form.routed],
     )

@@ -20,7 +20,7 @@ VERSION = 1  # of the rules below: other rows for the same lengths need another 
 
 
 class Step(NamedTuple):
-    """The rows of a step, i64[n, 2] each: the (source, record) of the samples; some may be empty."""
+    """The rows of a step, i64[n, 2] each: (source, record) of samples; some may be empty."""
 
     bucket: int
     rows: tuple
@@ -69,8 +69,8 @@ class Plan:
         for k, budget in enumerate(budgets[1:], 1):
             if any(budget.patches):
                 raise ValueError(
-                    f"bucket {k} has patches={budget.patches}: a plan has one budget with pictures, "
-                    "data.budget, and buckets of text; remove that bucket or data.index"
+                    f"bucket {k} has patches={budget.patches}: a plan has one budget with "
+                    "pictures, data.budget, and buckets of text; remove that bucket or data.index"
                 )
         self.mixture, self.sizes, self.rows, self.balance = mixture, sizes, rows, balance
         self.limits = [np.asarray(budget.limits, np.int64) for budget in budgets]
@@ -231,4 +231,3 @@ def _binding(shares):
         if any((shares[:, d] <= shares[:, e]).all() for e in kept if e != d):
             kept.remove(d)
     return kept
-

@@ -19,9 +19,10 @@ import numpy as np
 from vlmjax.batch import Form
 from vlmjax.data import chat, diffp
 from vlmjax.data.arrange import control_of
+from vlmjax.data.health import BadRecord
 from vlmjax.data.media import Medium, gather
-from vlmjax.data.picture import PictureConfig, Show, place
-from vlmjax.data.resize import RULES, Clip, patch_rows
+from vlmjax.data.picture import Blank, PictureConfig, Show, place
+from vlmjax.data.resize import RULES, Clip, blank_rows, patch_rows
 from vlmjax.data.sample import PRUNE, Item, Sample
 from vlmjax.data.sampling import SAMPLERS
 from vlmjax.data.templates import TEMPLATES
@@ -125,14 +126,23 @@ class Processor:
                 )
             self.show = Show(PictureConfig(**dict(config.picture)), form)
 
-    def __call__(self, record: dict) -> Sample:
-        """Returns the sample of a record {"id", "messages", ...}, answers trained."""
+    def __call__(self, record: dict, pixels: str = "decoded") -> Sample:
+        """Returns the sample of a record {"id", "messages", ...}, answers trained.
+
+        Args:
+          record: see `data.sources`.
+          pixels: "decoded", or "blank": only headers of its media are read. Every size is then as
+            of the decoded sample before unchanged parts of videos are pruned.
+
+        Raises:
+          BadRecord: it cannot be used.
+        """
         for key in ("id", "messages"):
             if key not in record:
-                raise ValueError(
-                    f"the record has keys {sorted(record)}, {key!r} is missing: add it"
+                raise BadRecord(
+                    "malformed", f"the record has keys {sorted(record)}, {key!r} is missing: add it"
                 )
-        return self._sample(record["messages"], str(record["id"]), generation=False)
+        return self._sample(record["messages"], str(record["id"]), pixels=pixels)
 
     def prompt(self, messages: Sequence[dict]) -> Sample:
         """Returns the sample of messages that an answer is to follow; nothing is trained."""
@@ -143,30 +153,39 @@ class Processor:
             )
         return self._sample(messages, "prompt", generation=True)
 
-    def _sample(self, messages: Sequence[dict], name: str, generation: bool) -> Sample:
-        config = self.config
+    def _sample(self, messages, name, generation=False, pixels="decoded") -> Sample:
+        config, decode = self.config, pixels == "decoded"
         chat.check_messages(messages)
         messages, media, slots = gather(
             messages,
             max_frames=config.max_frames,
             max_stream_frames=config.max_stream_frames,
+            decode=decode,
             fps=config.fps,
             sampling=config.frame_sampling,
         )
         if self.show is not None:
-            return self._shown(messages, media, name, generation)
+            return self._shown(messages, media, name, generation, decode)
         sizes = self.sizes(media)
-        frames = [self._items(medium, size) for medium, size in zip(media, sizes, strict=True)]
+        make = self._items if decode else self._blank_items
+        frames = [make(medium, size) for medium, size in zip(media, sizes, strict=True)]
         items = tuple(frames[medium][frame] for medium, frame in slots)
         pictures = [int(np.count_nonzero(item.keep)) for item in items]
         encoded = self.encode(messages, pictures, seed=name, generation=generation)
         self._check_length(name, encoded)
         return Sample(name, encoded.tokens, encoded.labels, items, encoded.visual)
 
-    def _shown(self, messages, media, name, generation):
+    def _shown(self, messages, media, name, generation, decode):
         """Returns the sample of messages whose pictures are seen as the config's `picture` says."""
         images = sum(not m.is_video for m in media)
-        seen = [self.show(list(m.frames()), video=m.is_video, images=images) for m in media]
+        frames = [
+            list(m.frames()) if decode else [Blank(m.width, m.height)] * len(m.sources)
+            for m in media
+        ]
+        seen = [
+            self.show(shown, video=m.is_video, images=images)
+            for m, shown in zip(media, frames, strict=True)
+        ]
         pieces = [s.arrangement.pieces for s in seen]
         encoded = self.encode(messages, pieces, seed=name, generation=generation)
         self._check_length(name, encoded)
@@ -190,11 +209,11 @@ class Processor:
     def _check_length(self, name, encoded):
         config, visual = self.config, int(encoded.visual.sum())
         if len(encoded.tokens) > config.max_length:
-            raise ValueError(
-                f"record {name!r} has {len(encoded.tokens)} tokens ({visual} visual), "
-                "max_length is "
-                f"{config.max_length}: shorten it, lower max_visual_tokens or max_frames, or "
-                "raise max_length"
+            raise BadRecord(
+                "too_long",
+                f"record {name!r} has {len(encoded.tokens)} tokens ({visual} visual), max_length "
+                f"is {config.max_length}: shorten it, lower max_visual_tokens or max_frames, or "
+                "raise max_length",
             )
 
     def _merge(self, medium: Medium) -> int:
@@ -224,14 +243,20 @@ class Processor:
                 f"{c.frames} x {c.width}x{c.height} -> {n} tokens"
                 for c, n in zip(clips, counts, strict=True)
             )
-            raise ValueError(
+            raise BadRecord(
+                "too_long",
                 f"visual tokens needed: {needed} ({shapes}), max_visual_tokens is "
-                f"{config.max_visual_tokens} and every "
-                "image needs at least 1: use fewer or less elongated images and frames, lower "
-                "min_visual_tokens or "
-                "raise max_visual_tokens"
+                f"{config.max_visual_tokens} and every image needs at least 1: use fewer or less "
+                "elongated images and frames, lower min_visual_tokens or raise max_visual_tokens",
             )
         return sizes
+
+    def _blank_items(self, medium: Medium, size: tuple[int, int]) -> list[Item]:
+        """What `_items` makes but for pixels, before pruning."""
+        config, merge = self.config, self._merge(medium)
+        rows, grid = blank_rows(size, config.patch), tuple(n // config.patch for n in size)
+        whole = np.ones(len(rows) // merge**2, bool)
+        return [Item(rows, grid, merge, whole, config.prune)] * len(medium.sources)
 
     def _items(self, medium: Medium, size: tuple[int, int]) -> list[Item]:
         config, merge = self.config, self._merge(medium)

@@ -6,6 +6,7 @@ ordinary text pieces. `encode` is for trusted templates and recognises them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,6 +73,11 @@ class Tokenizer:
             made = [AddedToken(t, special=True, normalized=False) for t in new]
             self.hf.add_tokens(made, special_tokens=True)
             self.__init__(self.hf)
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of all that decides which ids a text becomes."""
+        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()[:16]
 
     @property
     def reserved(self) -> set[int]:

@@ -114,6 +114,11 @@ def render(image: Image.Image, tiling: Tiling) -> list[np.ndarray]:
     return pixels
 
 
+def blanks(tiling: Tiling) -> list[np.ndarray]:
+    """Returns what `render` would but for the pixels, which take no memory."""
+    return [np.broadcast_to(np.uint8(0), (*view.size, 3)) for view in tiling.views]
+
+
 def _resize(image, size):
     shape = (size[1], size[0])
     return image if image.size == shape else image.resize(shape, Image.Resampling.BICUBIC)

@@ -1,0 +1,212 @@
+"""The length index: what each record of a source takes of a row, found once, from headers alone.
+
+    index = build(source, processor, budget, folder)
+    index.sizes[index.usable[k]]        # of the k-th usable record, as `pack.size` counts it
+
+Text is tokenised, of a picture the size is read, of a video its packets; nothing is decoded. Sizes
+of videos are those before unchanged parts are pruned, which depends on content: rows planned with
+them always hold the samples. With `pixels="decoded"` everything is decoded and pruned, which takes
+as long as an epoch of loading and fills rows as far as they can be. A record that cannot be used
+is listed with the reason, and no plan has it.
+
+A folder holds sizes.npy, reasons.npy (0 = usable, else the number of a reason), bad.jsonl and
+index.json, which says what the sizes are of. An interrupted pass goes on where it was.
+"""
+
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+from concurrent import futures
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from vlmjax.data.health import REASONS, BadRecord
+from vlmjax.data.pack import check_fits
+
+CHUNK = 512  # records that a worker measures at a time
+PIXELS = ("blank", "decoded")
+_NAMES = tuple(REASONS)
+_PENDING = 255  # in reasons.npy
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Index:
+    """Lengths of a source, in memory only as far as they are read.
+
+    Attributes:
+      folder: its files.
+      sizes: i32[records, n].
+      reasons: u8[records].
+      usable: i64[usable records]: their numbers.
+      digest: of what is in it: two indices with one digest plan the same rows.
+    """
+
+    folder: Path
+    sizes: np.ndarray
+    reasons: np.ndarray
+    usable: np.ndarray
+    digest: str
+
+    def bad(self):
+        """Yields {"record", "id", "reason", "message"} of each record that cannot be used."""
+        with open(self.folder / "bad.jsonl") as lines:
+            yield from map(json.loads, lines)
+
+
+def identity(source, processor, budget, pixels="blank"):
+    """Returns {what: digest}: an index is of use as long as all of these stay."""
+    settings = dataclasses.asdict(processor.config)
+    return {
+        "source": source.fingerprint,
+        "records": len(source),
+        "processor": _digest(settings),
+        "tokenizer": processor.tokenizer.fingerprint,
+        "model": _digest(repr(processor.form)),
+        "row": _digest(repr(budget)),
+        "pixels": pixels,
+    }
+
+
+def _digest(value):
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def open_index(folder, wanted):
+    """Returns the `Index` of a folder; ValueError where it is absent, unfinished or of other data.
+
+    Args:
+      folder: of `build`.
+      wanted: of `identity`; lengths of decoded records serve as well as of blank ones.
+    """
+    folder = Path(folder)
+    how = "make it with `python -m vlmjax.main data index` and the same config"
+    if not (folder / "index.json").is_file():
+        raise ValueError(f"there is no length index in {folder}: {how}")
+    found = json.loads((folder / "index.json").read_text())
+    if wanted["pixels"] == "blank":
+        wanted = wanted | {"pixels": found["identity"]["pixels"]}
+    other = [name for name, value in wanted.items() if found["identity"].get(name) != value]
+    if other:
+        raise ValueError(
+            f"the length index in {folder} was made with another {', '.join(other)}: {how}, in "
+            "another folder or after removing this one"
+        )
+    reasons = np.load(folder / "reasons.npy")
+    if (reasons == _PENDING).any():
+        left = int((reasons == _PENDING).sum())
+        raise ValueError(f"the length index in {folder} lacks {left} records still: {how}")
+    sizes = np.load(folder / "sizes.npy", mmap_mode="r")
+    return Index(folder, sizes, reasons, np.flatnonzero(reasons == 0), found["digest"])
+
+
+def build(source, processor, budget, folder, *, workers=0, pixels="blank", say=None):
+    """Measures every record that `folder` does not have yet; returns its `Index`.
+
+    Args:
+      source: see `data.sources`; it and the processor are sent to the workers.
+      processor: a `Processor`.
+      budget: a `Budget` of the model; records that fit none of its empty rows cannot be used.
+      folder: made when absent.
+      workers: processes; 0 = in this one.
+      pixels: "blank" or "decoded".
+      say: name in the progress bar; None = no bar.
+    """
+    if pixels not in PIXELS:
+        raise ValueError(f"pixels={pixels!r} is unknown; choose one of {PIXELS}")
+    folder, wanted = Path(folder), identity(source, processor, budget, pixels)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "index.json").is_file():
+        _begin(folder, wanted, len(budget.limits))
+    found = json.loads((folder / "index.json").read_text())["identity"]
+    if found != wanted:
+        open_index(folder, wanted)  # says what differs
+    sizes = np.load(folder / "sizes.npy", mmap_mode="r+")
+    reasons = np.load(folder / "reasons.npy", mmap_mode="r+")
+    chunks = [
+        range(k, min(k + CHUNK, len(reasons)))
+        for k in range(0, len(reasons), CHUNK)
+        if (reasons[k : k + CHUNK] == _PENDING).any()
+    ]
+    work = (source, processor, budget, pixels)
+    with (
+        open(folder / "bad.jsonl", "a") as bad,
+        tqdm(total=sum(map(len, chunks)), unit=" records", desc=say, disable=say is None) as bar,
+    ):
+        for chunk, (rows, why, errors) in _measured(work, chunks, workers):
+            bad.writelines(json.dumps(error) + "\n" for error in errors)
+            bad.flush()
+            sizes[chunk.start : chunk.stop] = rows
+            sizes.flush()
+            reasons[chunk.start : chunk.stop] = why  # last: a chunk counts when this is written
+            reasons.flush()
+            bar.update(len(chunk))
+    _finish(folder, wanted, sizes, reasons)
+    return open_index(folder, wanted)
+
+
+def _begin(folder, wanted, width):
+    n = wanted["records"]
+    np.lib.format.open_memmap(folder / "sizes.npy", "w+", np.int32, (n, width)).flush()
+    np.save(folder / "reasons.npy", np.full(n, _PENDING, np.uint8))
+    (folder / "bad.jsonl").write_text("")
+    (folder / "index.json").write_text(json.dumps({"identity": wanted}, indent=1))
+
+
+def _finish(folder, wanted, sizes, reasons):
+    """Sorts bad.jsonl (a killed pass may have listed a chunk twice) and writes the digest."""
+    listed = (folder / "bad.jsonl").read_text().splitlines(keepends=True)
+    lines = {json.loads(line)["record"]: line for line in listed}
+    (folder / "bad.jsonl").write_text("".join(lines[k] for k in sorted(lines)))
+    made = hashlib.sha256(wanted["source"].encode())
+    for k in range(0, len(reasons), 1 << 20):
+        made.update(sizes[k : k + (1 << 20)].tobytes())
+        made.update(reasons[k : k + (1 << 20)].tobytes())
+    done = {"identity": wanted, "digest": made.hexdigest()[:16]}
+    (folder / "index.json").write_text(json.dumps(done, indent=1))
+
+
+def _measured(work, chunks, workers):
+    """Yields (chunk, what `_measure` returns), in any order."""
+    if not workers:
+        yield from ((chunk, _measure(*work, chunk)) for chunk in chunks)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with futures.ProcessPoolExecutor(workers, spawn, _set_work, (work,)) as pool:
+        made = {pool.submit(_measure_here, chunk): chunk for chunk in chunks}
+        try:
+            for future in futures.as_completed(made):
+                yield made.pop(future), future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_work = None  # of a worker process
+
+
+def _set_work(work):
+    global _work
+    _work = work
+
+
+def _measure_here(chunk):
+    return _measure(*_work, chunk)
+
+
+def _measure(source, processor, budget, pixels, chunk):
+    """Returns (i32[n, sizes], u8[n] reasons, errors) of some records."""
+    sizes = np.zeros((len(chunk), len(budget.limits)), np.int32)
+    reasons, errors = np.zeros(len(chunk), np.uint8), []
+    for row, number in enumerate(chunk):
+        try:
+            sizes[row] = check_fits(processor(source[number], pixels=pixels), budget)
+        except BadRecord as error:
+            reasons[row] = 1 + _NAMES.index(error.reason)
+            where = {"record": number, "id": source.id(number)}
+            errors.append(where | {"reason": error.reason, "message": str(error)})
+        except Exception as error:
+            raise RuntimeError(f"record {number} ({source.id(number)!r}): {error!r}") from error
+    return sizes, reasons, errors
