@@ -212,7 +212,7 @@ def best_fit(shares):
         share = shares[i]
         after = taken[:, :used] + share[:, None]
         score = weights @ after
-        score[after.max(0, initial=0) > 1] = -1
+        score[after.max(0, initial=0) > 1 + 1e-9] = -1  # a slot is more than that
         row = int(score.argmax()) if used else 0
         if not used or score[row] < 0:
             row, used = used, used + 1
