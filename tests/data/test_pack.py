@@ -7,7 +7,7 @@ import pytest
 from vlmjax.batch import Budget, Form, TowerForm
 from vlmjax.data.pack import check_fits, first_fit, pack
 from vlmjax.data.sample import Item, Sample, window_coords
-from vlmjax.data.stream import Mixture, packed_batches, prefetch
+from vlmjax.data.stream import Mixture, packed_batches
 
 BUDGET = Budget(24, 16, 8, 4)
 
@@ -140,14 +140,3 @@ def test_mixture_keeps_proportions_and_reads_epochs():
     assert len(drawn) == 40 and all(drawn.count(f"s{i}") == 4 for i in range(10))
     assert sorted(i for i in ids if not isinstance(i, str)) == list(range(120))
     assert [mixture[n]["id"] for n in (150, 3)] == [ids[150], ids[3]]
-
-
-def test_an_error_in_the_data_thread_is_raised_here():
-    def bad():
-        yield 1
-        raise OSError("disk gone")
-
-    items = prefetch(bad())
-    assert next(items) == 1
-    with pytest.raises(OSError, match="disk gone"):
-        next(items)

@@ -1,10 +1,15 @@
 """Records that cannot be used: why, which ones, and how many may be."""
 
+import collections
+import json
+import os
+from pathlib import Path
+
 # Why a record is unusable -> what is meant.
 REASONS = {
     "missing_file": "a media file is not there or is empty",
     "damaged_media": "a media file is truncated, or no picture or video",
-    "hostile_media": "a media file costs more than it may: pixels, duration, time to decode",
+    "hostile_media": "a media file costs more than it may: pixels, frames, seconds of decoding",
     "outside_root": "a media path leads outside its folder, or is a link that does",
     "remote_media": "a media path is a URL; nothing is ever fetched",
     "malformed": "the annotation lacks a key, or has a value of another type",
@@ -25,3 +30,88 @@ class BadRecord(ValueError):
 
     def __reduce__(self):  # both arguments survive the way back from a worker
         return BadRecord, (self.reason, str(self))
+
+
+class TooManyBadRecords(ValueError):
+    """More records of a source are unusable than its quota allows."""
+
+
+class Ledger:
+    """The unusable records met so far, one JSON line each in data_errors.jsonl.
+
+        ledger = Ledger(workdir, {"coco": 118_000}, quota=0.001)
+        ledger.record("coco", "train.jsonl:17", "missing_file", "image 'a.jpg' is not a file")
+        ledger.check()  # raises once 119 records of coco are unusable
+
+    A record is listed and counted once, also when a resumed run meets it again.
+    """
+
+    def __init__(self, folder, sizes, quota=0.001, process=0):
+        """Opens it, with what earlier runs wrote.
+
+        Args:
+          folder: where the file is.
+          sizes: {source: number of its records}, math.inf for one without end.
+          quota: share of a source's records that may be unusable; one record always may.
+          process: which of several hosts this is. Each writes a file of its own, and counts what
+            the others had written when it started.
+        """
+        if not 0 <= quota <= 1:
+            raise ValueError(
+                f"the quota of bad records is {quota}, a share from 0 to 1 is needed: correct the "
+                "config"
+            )
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = folder / f"data_errors{f'.{process}' if process else ''}.jsonl"
+        self.sizes, self.quota = dict(sizes), quota
+        self.reasons = {}  # source -> {id: reason}
+        for file in sorted({self.file, *folder.glob("data_errors*.jsonl")}):
+            for entry in _entries(file):
+                self.reasons.setdefault(entry["source"], {})[entry["id"]] = entry["reason"]
+        if self.file.exists():
+            content = self.file.read_bytes()
+            os.truncate(self.file, content.rfind(b"\n") + 1)  # of a line that a crash cut off
+
+    def record(self, source, id, reason, message):
+        """Lists an unusable record of a source by its id; `reason` is a key of `REASONS`."""
+        assert reason in REASONS and source in self.sizes, (reason, source)
+        known = self.reasons.setdefault(source, {})
+        if id in known:
+            return
+        known[id] = reason
+        entry = {"source": source, "id": id, "reason": reason, "message": message}
+        with open(self.file, "a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def counts(self, source):
+        """Returns {reason: number of records} of a source."""
+        return dict(sorted(collections.Counter(self.reasons.get(source, {}).values()).items()))
+
+    def metrics(self):
+        """Returns {"bad/SOURCE/REASON": number of records}."""
+        return {
+            f"bad/{source}/{reason}": number
+            for source in sorted(self.reasons)
+            for reason, number in self.counts(source).items()
+        }
+
+    def check(self):
+        """Raises `TooManyBadRecords` if a source exceeds its quota."""
+        for source, size in self.sizes.items():
+            bad = self.reasons.get(source, {})
+            if len(bad) <= max(self.quota * size, 1):
+                continue
+            counts = ", ".join(f"{n} {reason}" for reason, n in self.counts(source).items())
+            raise TooManyBadRecords(
+                f"{len(bad)} of the {size} records of source {source!r} cannot be used ({counts}), "
+                f"the quota is {self.quota:g} of them or 1: the first are "
+                f"{', '.join(map(repr, list(bad)[:5]))}, all with their messages are in "
+                f"{self.file}. Repair or remove them, or raise data.quota"
+            )
+
+
+def _entries(file):
+    """Returns the entries of a ledger's file, without a line that a crash cut off."""
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import queue
-import threading
 from typing import NamedTuple
 
 import numpy as np
@@ -179,38 +177,3 @@ def packed_batches(stream, process, budgets, rows, *, pool, form, normalisation,
         ids = tuple(s.id for row in chosen for s in row)
         position = Position(following, tuple(w.draw for w in waiting))
         yield PackedBatch(batch, bucket, ids, stats, position)
-
-
-def prefetch(iterator, depth=2):
-    """Yields the items of an iterator that runs `depth` ahead in a thread; errors are raised."""
-    ready, stop = queue.Queue(depth), threading.Event()
-
-    def put(item):
-        while not stop.is_set():
-            try:
-                return ready.put(item, timeout=0.2)
-            except queue.Full:
-                continue
-        return None
-
-    def work():
-        try:
-            for item in iterator:
-                put((item, None))
-                if stop.is_set():
-                    return
-            put((None, StopIteration()))
-        except BaseException as e:  # handed to the consumer, which raises it
-            put((None, e))
-
-    threading.Thread(target=work, daemon=True, name="vlmjax-data").start()
-    try:
-        while True:
-            item, error = ready.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield item
-    finally:
-        stop.set()

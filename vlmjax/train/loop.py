@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from vlmjax import build, checkpoint, hf, sharding
-from vlmjax.data.stream import Position, packed_batches, prefetch
+from vlmjax.data.loading import prefetch
+from vlmjax.data.stream import Position, packed_batches
 from vlmjax.nn import flatten
 from vlmjax.train import flops, metrics
 from vlmjax.train.cluster import preemption
