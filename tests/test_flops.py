@@ -6,6 +6,7 @@ from tiny import tiny_config
 
 from vlmjax import build
 from vlmjax.batch import Budget
+from vlmjax.data import mix
 from vlmjax.data.pack import pack
 from vlmjax.objectives import OBJECTIVES
 from vlmjax.train import flops
@@ -28,8 +29,8 @@ def test_count_equals_that_of_xla(tmp_path, which):
         model__compute=dict(attention="ref", loss_chunk=0),
     )
     run = build.resolve(tiny_config(tmp_path, **sizes))
-    stream, processor = build.make_data(run)
-    sample = next(s for n in range(20) if len((s := processor(stream[n])).items) == 1)
+    mixture, reader, _ = mix.streamed(build.open_data(run))
+    sample = next(s for n in range(20) if len((s := reader(*mixture[n])).items) == 1)
     sample.labels[:] = sample.tokens  # every slot is supervised, the dense head counts them all
     patches = len(sample.items[0].patches)
     budget = Budget(len(sample.tokens), patches, patches, 1)

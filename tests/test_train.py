@@ -15,6 +15,8 @@ import pytest
 from tiny import tiny_config
 
 from vlmjax import build, checkpoint, sharding
+from vlmjax.data import mix
+from vlmjax.data.stream import packed_batches
 from vlmjax.generate.chat import Chat
 from vlmjax.objectives import OBJECTIVES
 from vlmjax.train import loop, metrics, program
@@ -27,11 +29,11 @@ STEP_COMPILED = ("/jax/core/compile/backend_compile_duration", "jit(train_step)"
 
 
 def first_batch(run, rows=None):
-    stream, processor = build.make_data(run)
+    mixture, reader, _ = mix.streamed(build.open_data(run))
     return next(
-        loop.packed_batches(
-            stream,
-            processor,
+        packed_batches(
+            mixture,
+            reader,
             build.make_budgets(run),
             rows or run.train.rows,
             pool=run.data.pool,

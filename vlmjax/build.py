@@ -10,10 +10,10 @@ from flax import nnx
 from vlmjax import compatible, nn, sharding
 from vlmjax.batch import Budget
 from vlmjax.connectors import CONNECTORS
+from vlmjax.data import mix
+from vlmjax.data.mix import DataConfig
 from vlmjax.data.picture import PictureConfig, Show, row_budget
 from vlmjax.data.processor import Processor, ProcessorConfig, control_tokens
-from vlmjax.data.sources import open_source
-from vlmjax.data.stream import Mixture
 from vlmjax.data.tokenizer import Tokenizer
 from vlmjax.llm import decoder, presets
 from vlmjax.nn import flatten
@@ -54,51 +54,6 @@ class TrainConfig:
                 f"train.rows={self.rows} is not a multiple of train.accumulate={self.accumulate}; "
                 "the rows are cut into that many equal micro-batches"
             )
-
-
-def _wrong(budget, first):
-    """Whether a budget has neither two nor four numbers, the last that of the first budget."""
-    if not isinstance(budget, (tuple, list)) or len(budget) not in (2, 4):
-        return True
-    return len(budget) == 4 and budget[3] != first[-1]
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """The data.
-
-    Attributes:
-      sources: ((spec, weight), ...); a spec is "demo:TASK" or "json:FILE" (see `data.sources`).
-      tokenizer: directory of a fast tokenizer, or "demo".
-      budget: (tokens, patches, visual tokens, patches of a visual token) of a row, each but the
-        first a tuple where there are several encoders or sources; or (tokens, views), so many views
-        of the first encoder, where the processor has `picture`.
-      buckets: further budgets; the rows of a step all have one of them or `budget`, whichever the
-        waiting samples use best, e.g. ((16384, 0, 0, 4),) for text-only steps. These run no vision
-        tower: its gradient is zero there, while moments and weight decay go on; they are of no use
-        to a stage that trains nothing else.
-      pool: samples of look-ahead for packing.
-      normalisation: of the loss, "token", "sample" or "sqrt".
-      media_root: folder that media paths of json sources are relative to; they may not leave it.
-    """
-
-    sources: tuple
-    tokenizer: str
-    budget: tuple
-    buckets: tuple = ()
-    pool: int = 64
-    normalisation: str = "token"
-    media_root: str = "."
-
-    def __post_init__(self):
-        for name, budgets in (("budget", (self.budget,)), ("buckets", self.buckets)):
-            if any(_wrong(b, self.budget) for b in budgets):
-                raise ValueError(
-                    f"data.{name}={getattr(self, name)} needs four numbers: tokens, patches, "
-                    "visual tokens, patches of a visual token; or two, tokens and views of "
-                    "pictures; buckets is a tuple of such tuples, the last number that of "
-                    "data.budget"
-                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,14 +242,15 @@ def make_tokenizer(run):
     return tokenizer
 
 
-def make_data(run):
-    """Returns (Mixture, Processor) of a run."""
-    sources = [
-        open_source(spec, run.data.media_root, run.train.seed) for spec, _ in run.data.sources
-    ]
-    weights = [weight for _, weight in run.data.sources]
-    processor = Processor(run.processor, make_tokenizer(run), run.model.form)
-    return Mixture(sources, weights, run.train.seed), processor
+def open_data(run):
+    """Returns the `data.mix.Data` of a run: its sources, with the processor of each."""
+    tokenizer = make_tokenizer(run)
+
+    def make_processor(other):
+        settings = dataclasses.asdict(run.processor) | other
+        return Processor(section(ProcessorConfig, settings, "processor"), tokenizer, run.model.form)
+
+    return mix.open_data(run.data, make_processor, run.train.seed)
 
 
 def make_budgets(run):

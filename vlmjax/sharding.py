@@ -71,6 +71,12 @@ def rows_sharding(mesh):
     return NamedSharding(mesh, P(ROWS))
 
 
+def local_rows(mesh, rows):
+    """Returns the numbers of the rows, of so many in all, that devices of this process hold."""
+    slices = rows_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    return tuple(sorted({row for (at,) in slices for row in range(rows)[at]}))
+
+
 def place(x, sharding):
     """Returns a host array as a jax array.
 
@@ -79,9 +85,24 @@ def place(x, sharding):
     return jax.make_array_from_callback(x.shape, sharding, lambda at: x[at])
 
 
-def place_rows(mesh, x):
-    """Returns a host array with rows in front as a jax array with `rows_sharding`."""
-    return place(x, rows_sharding(mesh))
+def place_rows(mesh, x, local=None, rows=None):
+    """Returns a host array with rows in front as a jax array with `rows_sharding`.
+
+    Args:
+      mesh: the devices.
+      x: all rows, or those of `local`.
+      local: of `local_rows`; None = all.
+      rows: how many rows there are in all, where `local` is given.
+    """
+    if local is None:
+        return place(x, rows_sharding(mesh))
+
+    def shard(at):
+        begin, stop, _ = at[0].indices(rows)
+        first = local.index(begin)
+        return x[first : first + stop - begin]
+
+    return jax.make_array_from_callback((rows, *x.shape[1:]), rows_sharding(mesh), shard)
 
 
 class Layout(NamedTuple):

@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 
 from vlmjax.batch import Budget, Form, TowerForm
+from vlmjax.data.mixture import Mixture
 from vlmjax.data.pack import check_fits, first_fit, pack
+from vlmjax.data.reader import Reader
 from vlmjax.data.sample import Item, Sample, window_coords
-from vlmjax.data.stream import Mixture, packed_batches
+from vlmjax.data.stream import packed_batches
 
 BUDGET = Budget(24, 16, 8, 4)
 
@@ -101,10 +103,9 @@ def process(record):
 
 
 def stream(position=None):
-    mixture = Mixture([Numbers()], [1.0], seed=0)
     return packed_batches(
-        mixture,
-        process,
+        Mixture([None], [1.0], seed=0),
+        Reader(("numbers",), [Numbers()], [process]),
         [BUDGET],
         2,
         pool=12,
@@ -127,16 +128,3 @@ def test_resumed_stream_equals_the_uninterrupted_one():
         assert a.ids == b.ids and a.position == b.position
         for x, y in zip(*map(jax.tree.leaves, (a.batch, b.batch)), strict=True):
             np.testing.assert_array_equal(x, y)
-
-
-def test_mixture_keeps_proportions_and_reads_epochs():
-    class Ten(list):
-        pass
-
-    small = Ten({"id": f"s{i}"} for i in range(10))
-    mixture = Mixture([Numbers(), small], [3.0, 1.0], seed=5, round_size=16)
-    ids = [mixture[n]["id"] for n in range(160)]
-    drawn = [i for i in ids if isinstance(i, str)]
-    assert len(drawn) == 40 and all(drawn.count(f"s{i}") == 4 for i in range(10))
-    assert sorted(i for i in ids if not isinstance(i, str)) == list(range(120))
-    assert [mixture[n]["id"] for n in (150, 3)] == [ids[150], ids[3]]

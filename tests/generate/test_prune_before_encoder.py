@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from vlmjax.batch import Budget, Form, Patches, TowerForm
+from vlmjax.data.mixture import Mixture
 from vlmjax.data.pack import check_fits, pack
 from vlmjax.data.processor import Processor, ProcessorConfig
+from vlmjax.data.reader import Reader
 from vlmjax.data.sample import PRUNE, Item, Sample
-from vlmjax.data.stream import Mixture, packed_batches
+from vlmjax.data.stream import packed_batches
 from vlmjax.data.tokenizer import byte_tokenizer
 from vlmjax.generate.chat import Chat
 from vlmjax.generate.stream import Stream
@@ -178,8 +180,8 @@ def test_packing_holds_more_and_resumes_exactly():
         records = type("Records", (), {"__getitem__": lambda self, n: record(n)})()
         process = functools.partial(processor(prune).__call__)
         batches = packed_batches(
-            Mixture([records], [1.0], seed=0),
-            process,
+            Mixture([None], [1.0], seed=0),
+            Reader(("records",), [records], [process]),
             [Budget(1024, 220, 220, 4)],
             2,
             pool=8,

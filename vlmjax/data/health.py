@@ -84,6 +84,13 @@ class Ledger:
         with open(self.file, "a") as file:
             file.write(json.dumps(entry) + "\n")
 
+    def extend(self, found):
+        """Lists what `record` takes of each of several, and raises if a source exceeds its quota."""
+        for bad in found:
+            self.record(*bad)
+        if found:
+            self.check()
+
     def counts(self, source):
         """Returns {reason: number of records} of a source."""
         return dict(sorted(collections.Counter(self.reasons.get(source, {}).values()).items()))

@@ -48,21 +48,26 @@ class Mixture:
             rank[draws == s] = before[s] + np.arange((draws == s).sum())
         return draws, rank
 
-    def draws(self, start, stop):
-        """Returns i64[n, 2]: the (source, record) of draws start to stop - 1."""
+    def ranks(self, start, stop):
+        """Returns i64[n, 2]: (source, how often it was drawn before) of draws start to stop - 1."""
         rounds = range(start // self.round_size, -(-stop // self.round_size))
         parts = [np.stack(self._order(k), 1) for k in rounds]
         first = rounds.start * self.round_size
-        found = np.concatenate([*parts, np.zeros((0, 2), np.int64)])[start - first : stop - first]
-        for s, n in enumerate(self.lengths):
-            at = found[:, 0] == s
-            if n is not None and at.any():
-                found[at, 1] = self._record(s, found[at, 1])
+        return np.concatenate([*parts, np.zeros((0, 2), np.int64)])[start - first : stop - first]
+
+    def draws(self, start, stop):
+        """Returns i64[n, 2]: the (source, record) of draws start to stop - 1."""
+        found = self.ranks(start, stop)
+        for source in np.unique(found[:, 0]):
+            at = found[:, 0] == source
+            found[at, 1] = self.records(source, found[at, 1])
         return found
 
-    def _record(self, source, ranks):
-        """Returns the records of the `ranks`-th draws of a source: a permutation each epoch."""
-        n = self.lengths[source]
+    def records(self, source, ranks):
+        """Returns i64[n]: the records of draws of a source, a permutation in each epoch."""
+        n, ranks = self.lengths[source], np.asarray(ranks, np.int64)
+        if n is None:
+            return ranks
         found = np.empty_like(ranks)
         for epoch in np.unique(ranks // n):
             at = ranks // n == epoch

@@ -34,6 +34,19 @@ class Stats:
     token_fill: float
     patch_fill: float
 
+    @classmethod
+    def total(cls, parts):
+        """Returns the `Stats` of the rows of several, as many each."""
+        sums = {}
+        for field in dataclasses.fields(cls):
+            values = [np.asarray(getattr(part, field.name)) for part in parts]
+            if field.name.endswith("_fill"):
+                sums[field.name] = float(np.mean(values))
+            else:
+                added = np.sum(values, 0)
+                sums[field.name] = tuple(map(int, added)) if added.ndim else int(added)
+        return cls(**sums)
+
 
 def size(sample, budget=None):
     """Returns what a sample takes of the slots of `Budget.limits`.
@@ -123,7 +136,16 @@ def token_weights(sample, normalisation):
 
 
 def pack(samples_by_row, budget, form, normalisation="token"):
-    """Returns (Batch, Stats) of samples already assigned to rows.
+    """Returns (Batch, Stats) of samples already assigned to rows; weights sum to 1.
+
+    Args: as `pack_rows` takes them.
+    """
+    batch, stats = pack_rows(samples_by_row, budget, form, normalisation)
+    return batch._replace(weights=batch.weights / max(float(batch.weights.sum()), 1e-30)), stats
+
+
+def pack_rows(samples_by_row, budget, form, normalisation="token"):
+    """Returns (Batch, Stats) of samples already assigned to rows, some of a step.
 
     Args:
       samples_by_row: B lists of `Sample`; what a list holds must fit the budget together.
@@ -131,7 +153,7 @@ def pack(samples_by_row, budget, form, normalisation="token"):
       form: the `Form` of the model's batches.
       normalisation: of the loss over the whole batch. "token": every supervised token counts the
         same; "sample": every sample; "sqrt": samples count with the square root of their supervised
-        tokens. Weights sum to 1.
+        tokens. The train step makes the weights of all its rows sum to 1.
     """
     if normalisation not in NORMALISATIONS:
         raise ValueError(
@@ -150,7 +172,6 @@ def pack(samples_by_row, budget, form, normalisation="token"):
                 out[item.encoder] += item.num_out
             used += size(sample, budget)
     supervised, visual = (int(n) for n in ((batch.weights > 0).sum(), (batch.source >= 0).sum()))
-    batch = batch._replace(weights=batch.weights / max(float(batch.weights.sum()), 1e-30))
     items = [item for row in samples_by_row for sample in row for item in sample.items]
     stats = Stats(
         samples=sum(map(len, samples_by_row)),

@@ -100,7 +100,9 @@ class Plan:
         """Returns the `Step`; IndexError behind the last."""
         found = self._find(step)
         if found is None:
-            raise IndexError(f"the plan ends before step {step}")
+            raise IndexError(
+                f"the plan ends before step {step}: lower train.steps or raise data.epochs"
+            )
         return found
 
     def mark(self, step):

@@ -1,96 +1,62 @@
-"""The training stream: (seed, n) -> record, records -> packed batches; resumes exactly."""
+"""The training stream: what a mixture draws, read and packed into batches; resumes exactly.
+
+`packed_batches` packs whatever comes, as endless sources need; `planned_batches` loads the rows of
+a plan, which needs lengths and gives fuller rows, local ones to each host, by worker processes.
+"""
 
 import dataclasses
-import functools
+import itertools
 from typing import NamedTuple
 
 import numpy as np
 
 from vlmjax.batch import Batch
+from vlmjax.data.health import BadRecord
+from vlmjax.data.loading import load
 from vlmjax.data.pack import Stats, check_fits, first_fit, fits, pack
+from vlmjax.data.reader import Bad, PlannedRows, join_rows
 from vlmjax.data.sample import Sample
 
 
-class Mixture:
-    """An endless stream: position n of it is a pure function of (seed, n).
-
-    Draws come in rounds of `round_size`. A round holds each source in proportion to its weight (a
-    remainder is carried, so that proportions are exact in the long run) in a shuffled order. A
-    source of finite length is read in epochs, each a new permutation; one without `len` is read by
-    a running number.
-    """
-
-    def __init__(self, sources, weights, seed, round_size=1024):
-        """Makes the stream.
-
-        Args:
-          sources: random-access sequences of records.
-          weights: as many positive numbers.
-          seed: int.
-          round_size: draws in a round.
-        """
-        if not sources or len(sources) != len(weights) or min(weights) <= 0:
-            raise ValueError(
-                f"a mixture needs sources with positive weights, got {len(sources)} sources "
-                f"and weights {weights}"
-            )
-        self.sources, self.seed, self.round_size = list(sources), seed, round_size
-        self.shares = np.asarray(weights, np.float64) / np.sum(weights)
-        self._order = functools.lru_cache(maxsize=4)(self._order)
-        self._permutation = functools.lru_cache(maxsize=4 * len(sources))(self._permutation)
-
-    def _counts(self, rounds):
-        """Returns i64[sources]: how often each source is drawn in the first `rounds` rounds."""
-        edges = np.floor(np.cumsum(self.shares) * rounds * self.round_size + 0.5).astype(np.int64)
-        return np.diff(edges, prepend=0)
-
-    def _order(self, round_id):
-        before = self._counts(round_id)
-        draws = np.repeat(np.arange(len(self.sources)), self._counts(round_id + 1) - before)
-        np.random.default_rng((self.seed, round_id)).shuffle(draws)
-        rank = np.zeros(len(draws), np.int64)
-        for s in range(len(self.sources)):
-            rank[draws == s] = before[s] + np.arange((draws == s).sum())
-        return draws, rank
-
-    def _permutation(self, source_id, epoch):
-        rng = np.random.default_rng((self.seed, 1 + source_id, epoch))
-        return rng.permutation(len(self.sources[source_id]))
-
-    def __getitem__(self, n):
-        draws, rank = self._order(n // self.round_size)
-        s, k = int(draws[n % self.round_size]), int(rank[n % self.round_size])
-        source = self.sources[s]
-        if not hasattr(source, "__len__"):
-            return source[k]
-        return source[int(self._permutation(s, k // len(source))[k % len(source)])]
-
-
 class Position(NamedTuple):
-    """Where a stream stands after a step: the next draw, and the draws waiting in the pool."""
+    """Where a stream stands after a step.
+
+    Attributes:
+      next: the next draw.
+      pool: (draw, source, rank) of what waits; the rank is that of the record read for it.
+      skipped: for each source the records that could not be used, which later draws make up for.
+    """
 
     next: int = 0
     pool: tuple = ()
+    skipped: tuple = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """A `Batch`, its bucket, the record ids in it, its counts, and the stream's position after."""
+    """A `Batch`, its bucket, the record ids in it, its counts, and where the data stand after it.
+
+    `position` is a `Position`, or the `Mark` of a plan. `bad` are the records that were to be in it
+    and cannot be used. All of a planned batch is of this host's rows only.
+    """
 
     batch: Batch
     bucket: int
     ids: tuple
     stats: Stats
-    position: Position
+    position: tuple
+    bad: tuple = ()
 
 
 class Waiting(NamedTuple):
     """A sample in the pool."""
 
     draw: int
+    source: int
+    rank: int
     sample: Sample
     sizes: tuple  # of `pack.size`
-    rank: tuple  # the lowest is packed first
+    order: tuple  # the lowest is packed first
 
 
 def choose_bucket(sizes, budgets, rows, urgent=False):
@@ -122,7 +88,9 @@ def choose_bucket(sizes, budgets, rows, urgent=False):
     return max((o for o in options if o[1][0] is not None or not urgent), key=used)
 
 
-def packed_batches(stream, process, budgets, rows, *, pool, form, normalisation, position=None):
+def packed_batches(
+    mixture, reader, budgets, rows, *, pool, form, normalisation, position=None, unusable="raise"
+):
     """Yields `PackedBatch` without end.
 
     The pool holds `pool` samples; with several buckets it may hold up to eight times as many when
@@ -133,37 +101,56 @@ def packed_batches(stream, process, budgets, rows, *, pool, form, normalisation,
     resumes it exactly.
 
     Args:
-      stream: draw number -> record.
-      process: record -> Sample.
+      mixture: a `Mixture`.
+      reader: (source, record) -> Sample, a `Reader`.
       budgets: a `Budget` for each bucket; a sample has to fit at least one of them.
       rows: B.
       pool: samples to look ahead, at least what a batch holds.
       form: the `Form` of the model's batches.
       normalisation: see `pack`.
       position: `Position` to resume from.
+      unusable: "raise" for a record that cannot be used, or "replace" it by the next of its source,
+        whose later draws all move up: every other record comes once an epoch as before.
     """
     largest = np.maximum(np.max([budget.limits for budget in budgets], 0), 1)
     reach = pool if len(budgets) == 1 else 8 * pool
+    position, bad = position or Position(), []
+    skipped = list(position.skipped or [0] * len(mixture.lengths))
 
-    def load(n):
-        record = stream[n]
-        try:
-            sample = process(record)
-            sizes = check_fits(sample, *budgets)
-        except (ValueError, OSError) as e:
-            raise ValueError(f"record {record.get('id')!r} (draw {n} of the stream): {e}") from e
+    def read(draw, source, rank):
+        (record,) = mixture.records(source, [rank])
+        sample = reader(source, record)
+        sizes = check_fits(sample, *budgets)
         choices = sum(fits(sizes, budget) for budget in budgets)
         share = float(np.max(sizes / largest))
-        return Waiting(n, sample, sizes, (choices, -share, n))
+        return Waiting(draw, source, rank, sample, sizes, (choices, -share, draw))
 
-    position = position or Position()
-    following, waiting = position.next, [load(n) for n in position.pool]
+    def take(draw):
+        source, rank = map(int, mixture.ranks(draw, draw + 1)[0])
+        while True:
+            try:
+                return read(draw, source, rank + skipped[source])
+            except BadRecord as error:
+                (record,) = mixture.records(source, [rank + skipped[source]])
+                found = Bad(
+                    reader.names[source], reader.id(source, record), error.reason, str(error)
+                )
+                if unusable == "raise":
+                    raise ValueError(f"record {found.id!r} of {found.source!r}: {error}") from error
+                bad.append(found)
+                skipped[source] += 1
+                if skipped[source] > (mixture.lengths[source] or np.inf):
+                    raise ValueError(
+                        f"no record of source {found.source!r} can be used; the last one: {error}"
+                    ) from error
+
+    following, waiting = position.next, [read(*entry) for entry in position.pool]
     while True:
         while len(waiting) < reach and sum(w.sizes[1] > 0 for w in waiting) < pool:
-            waiting.append(load(following))
+            waiting.append(take(following))
             following += 1
         late = following - 4 * reach
-        waiting.sort(key=lambda w: (w.draw >= late, w.rank))
+        waiting.sort(key=lambda w: (w.draw >= late, w.order))
         sizes = [w.sizes for w in waiting]
         bucket, places = choose_bucket(sizes, budgets, rows, urgent=waiting[0].draw < late)
         chosen, left = [[] for _ in range(rows)], []
@@ -175,5 +162,36 @@ def packed_batches(stream, process, budgets, rows, *, pool, form, normalisation,
         waiting = left
         batch, stats = pack(chosen, budgets[bucket], form, normalisation)
         ids = tuple(s.id for row in chosen for s in row)
-        position = Position(following, tuple(w.draw for w in waiting))
-        yield PackedBatch(batch, bucket, ids, stats, position)
+        pooled = tuple((w.draw, w.source, w.rank) for w in waiting)
+        position = Position(following, pooled, tuple(skipped))
+        yield PackedBatch(batch, bucket, ids, stats, position, tuple(bad))
+        bad.clear()
+
+
+def planned_batches(plan, reader, budgets, local, *, form, normalisation, start=0, **how):
+    """Yields the `PackedBatch` of each step of a plan from `start` on, of one host's rows.
+
+    The weights are not normalised, since no host has all of them. A record that cannot be used
+    leaves its slots empty: what was planned for other rows stays as it is.
+
+    Args:
+      plan: a `Plan`.
+      reader: a `Reader`.
+      budgets: of the buckets.
+      local: numbers of the rows of a step that are wanted.
+      form, normalisation: see `pack_rows`.
+      start: step to begin with.
+      how: `workers`, `ahead` (rows) and `stall` of `loading.load`.
+    """
+    rows = PlannedRows(plan, reader, budgets, form, normalisation, local)
+    packed = load(rows, start * len(local), **how)
+    try:
+        while True:
+            parts = list(itertools.islice(packed, len(local)))
+            if not parts:
+                return
+            ids, bad = (sum((getattr(p, name) for p in parts), ()) for name in ("ids", "bad"))
+            batch, stats = join_rows(parts)
+            yield PackedBatch(batch, parts[0].bucket, ids, stats, parts[0].mark, bad)
+    finally:
+        packed.close()

@@ -62,7 +62,7 @@ def run(config, workdir, output):
     """
     resolved = build.resolve(config)
     settings = build.section(EvalConfig, resolved.eval, "eval")
-    specs = settings.sources or tuple(spec for spec, _ in resolved.data.sources)
+    specs = settings.sources or tuple(s.spec for s in resolved.data.mixed)
     chat = Chat.from_run(workdir, config)
     found = {}
     for spec in specs:

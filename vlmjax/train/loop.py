@@ -3,18 +3,16 @@
 import json
 import math
 import time
-from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from vlmjax import build, checkpoint, hf, sharding
-from vlmjax.data.loading import prefetch
-from vlmjax.data.stream import Position, packed_batches
 from vlmjax.nn import flatten
 from vlmjax.train import flops, metrics
 from vlmjax.train.cluster import preemption
+from vlmjax.train.feed import open_feed
 from vlmjax.train.optimizer import schedule
 from vlmjax.train.profile import traced
 from vlmjax.train.program import batch_shapes, make_program
@@ -81,15 +79,15 @@ def initial_params(run, shapes, where):
 
 
 def make_state(run, program, workdir):
-    """Returns (TrainState on the mesh, Position of the data): restored from `workdir`, or fresh."""
+    """Returns (TrainState on the mesh, meta of its checkpoint): from `workdir`, or fresh, None."""
     folder = checkpoint.newest(workdir)
     if folder is None:
         params = initial_params(run, program.shapes, program.where)
         placed = jax.tree.map(lambda x: x.sharding, program.state)
         fresh = jax.jit(program.fresh, out_shardings=placed, donate_argnums=0)
-        return fresh(params), Position()
+        return fresh(params), None
     arrays, meta = checkpoint.restore(folder, program.state._asdict())
-    return TrainState(**arrays), Position(meta["position"][0], tuple(meta["position"][1]))
+    return TrainState(**arrays), meta
 
 
 def check_finite(step, values, ids):
@@ -101,22 +99,6 @@ def check_finite(step, values, ids):
             f"the last saved checkpoint is good. The records of that batch: {', '.join(ids)}. "
             "Lower the learning rate, set optim.clip='global_norm', or look at these records"
         )
-
-
-def open_batches(run, budgets, position):
-    """Returns the iterator of `PackedBatch`es from a `Position` on, made in a thread."""
-    stream, processor = build.make_data(run)
-    batches = packed_batches(
-        stream,
-        processor,
-        budgets,
-        run.train.rows,
-        pool=run.data.pool,
-        form=run.model.form,
-        normalisation=run.data.normalisation,
-        position=position,
-    )
-    return prefetch(batches)
 
 
 def compile_steps(run, budgets, program, mesh, say):
@@ -193,11 +175,12 @@ def train(config, workdir, tensorboard=False, profile=None):
 
     with jax.set_mesh(mesh), preemption() as preempted:
         program = make_program(run, mesh)
-        state, position = make_state(run, program, workdir)
+        state, saved = make_state(run, program, workdir)
         factor = schedule(run.optim, run.train.steps)
 
         budgets = build.make_budgets(run)
-        start, batches = int(state.step), open_batches(run, budgets, position)
+        start = int(state.step)
+        feed = open_feed(run, budgets, mesh, saved, start, workdir)
         steps = traced(range(start + 1, run.train.steps + 1), profile, workdir / "profile")
         train_steps, window, waited, pending, losses = [], [], 0.0, None, {}
         began = time.monotonic()
@@ -205,14 +188,17 @@ def train(config, workdir, tensorboard=False, profile=None):
             metrics.Writer(workdir, run.train.steps, start, tensorboard) as writer,
             checkpoint.Saver(workdir, run.train.keep) as saver,
         ):
+            for name in feed.absent:
+                writer.say(f"source {name} is not there; the run goes on without it")
             if start < run.train.steps:
                 train_steps = compile_steps(run, budgets, program, mesh, writer.say)
             last = time.monotonic()
             for step in steps:
                 before = time.monotonic()
-                packed = next(batches)
+                packed = next(feed.batches)
                 waited += time.monotonic() - before
-                batch = jax.tree.map(partial(sharding.place_rows, mesh), packed.batch)
+                feed.ledger.extend(packed.bad)
+                batch = feed.place(mesh, packed.batch, run.train.rows)
                 state, values = train_steps[packed.bucket](state, batch)
 
                 # The step before is looked at while this one runs: the device never waits for the
@@ -236,16 +222,19 @@ def train(config, workdir, tensorboard=False, profile=None):
                     )
                     line["lr_factor"] = float(factor(step - 1))
                     line["data_wait"] = waited / (now - last)
+                    totals = feed.totals([stats for _, stats in window], run.train.rows)
+                    window = [(bucket, s) for (bucket, _), s in zip(window, totals, strict=True)]
                     counts = throughput(run, budgets, window, now - last, program.trained)
-                    writer.write(step, counts | line)
+                    writer.write(step, counts | line | feed.ledger.metrics())
                     window, waited, last = [], 0.0, now
                 if save:
                     meta = {"position": packed.position, "stage": run.stage}
+                    meta["identity"] = feed.identity
                     saver.save(step, state._asdict(), meta)
                 if stopped:
                     writer.say(f"SIGTERM: step {step} is saved, the same command resumes it")
                     break
-        batches.close()
+        feed.batches.close()
         seconds = time.monotonic() - began
         return summarise(run, workdir, int(state.step), len(train_steps), losses, seconds)
 

@@ -43,6 +43,8 @@ def make_train_step(graphdef, objective, optimizer, accumulate=1):
       accumulate: micro-batches that the rows of a batch are cut into; their gradients are added up,
         which gives the gradient of the whole batch because the loss is a sum with weights
         made for the whole batch.
+
+    The weights of a batch are made to sum to 1 here: hosts pack rows without those of the others.
     """
 
     def loss_of(trainable, frozen, batch):
@@ -67,6 +69,7 @@ def make_train_step(graphdef, objective, optimizer, accumulate=1):
         return jax.lax.scan(add, zeros, micro)[0]
 
     def train_step(state, batch):
+        batch = batch._replace(weights=batch.weights / jnp.maximum(batch.weights.sum(), 1e-30))
         (loss, metrics), grads = gradient(state, batch)
         updates, opt = optimizer.update(grads, state.opt, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)

@@ -1,0 +1,332 @@
+"""The `data` section of a config: which sources, in which shares, how they are packed and loaded.
+
+data = open_data(config, make_processor, seed)      # sources that are absent are named
+mixture, reader, identity = streamed(data)          # packed as they come
+plan, reader, identity, indices = planned(data, budgets, rows)      # or from length indices
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+
+from vlmjax.data import index
+from vlmjax.data.mixture import Mixture, permuted
+from vlmjax.data.plan import BALANCE, VERSION, Plan
+from vlmjax.data.reader import Reader
+from vlmjax.data.sources import open_source
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """A source of a mixture; exactly one of weight, epochs and group says how much of it is drawn.
+
+    Attributes:
+      spec: "KIND:WHERE", see `data.sources`.
+      name: in reports and metrics; "" = the spec.
+      weight: share of the draws, relative to the others'.
+      epochs: how often each of its records is drawn, relative to the others'.
+      group: a name of `DataConfig.groups`, whose weight its sources share by number of records.
+      cap: at most so many of its records, chosen by the seed of the run; 0 = all.
+      processor: settings that differ from the run's, such as (("image_merge", 2), ("fps", 0.5)).
+      media_root: folder of its media; "" = that of the run.
+    """
+
+    spec: str
+    name: str = ""
+    weight: float = 0.0
+    epochs: float = 0.0
+    group: str = ""
+    cap: int = 0
+    processor: tuple = ()
+    media_root: str = ""
+
+    def __post_init__(self):
+        given = [k for k in ("weight", "epochs", "group") if getattr(self, k)]
+        if len(given) != 1 or self.weight < 0 or self.epochs < 0 or self.cap < 0:
+            raise ValueError(
+                f"source {self.spec!r} has weight={self.weight}, epochs={self.epochs}, "
+                f"group={self.group!r}, cap={self.cap}: give one of the first three, above 0"
+            )
+        if not self.name:
+            object.__setattr__(self, "name", self.spec)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The data.
+
+    Attributes:
+      sources: (spec, weight) or the settings of a `SourceConfig`, each.
+      tokenizer: directory of a fast tokenizer, or "demo".
+      budget: (tokens, patches, visual tokens, patches of a visual token) of a row, each but the
+        first a tuple where there are several encoders or sources; or (tokens, views), so many views
+        of the first encoder, where the processor has `picture`.
+      buckets: further budgets; the rows of a step all have one of them or `budget`, whichever the
+        waiting samples use best, e.g. ((16384, 0, 0, 4),) for text-only steps. These run no vision
+        tower: its gradient is zero there, while moments and weight decay go on; they are of no use
+        to a stage that trains nothing else.
+      normalisation: of the loss, "token", "sample" or "sqrt".
+      media_root: folder that media paths of sources are relative to; they may not leave it.
+      groups: ((name, weight), ...).
+      absent: "error" where a source is not there, or "skip": those that are there share the weight
+        of their group, and what is absent is said before the first step.
+      pool: samples of look-ahead where rows are packed as records come, without an index.
+      index: folder of the length indices that `vlmjax.main data index` makes; rows are planned
+        then. "" = no index: one thread reads and packs, every host all rows.
+      window, balance: of a plan, see `data.plan.Plan`.
+      epochs: of a plan: it ends where every record was drawn so often, the last step perhaps with
+        empty rows; 0 = without end.
+      workers: processes that load planned rows; 0 = a thread.
+      ahead: rows that a host loads ahead of the device, over all workers.
+      stall: seconds without a row after which a worker counts as lost.
+      quota: share of a source's records that may be unusable before the run stops.
+      changed_at: the step of the checkpoint from which a run goes on with these data instead of
+        others; they begin anew there.
+    """
+
+    sources: tuple
+    tokenizer: str
+    budget: tuple
+    buckets: tuple = ()
+    normalisation: str = "token"
+    media_root: str = "."
+    groups: tuple = ()
+    absent: str = "error"
+    pool: int = 64
+    index: str = ""
+    window: int = 32768
+    balance: str = "step"
+    epochs: float = 0.0
+    workers: int = 0
+    ahead: int = 16
+    stall: float = 300.0
+    quota: float = 0.001
+    changed_at: int = 0
+
+    def __post_init__(self):
+        for name, budgets in (("budget", (self.budget,)), ("buckets", self.buckets)):
+            if any(_wrong(b, self.budget) for b in budgets):
+                raise ValueError(
+                    f"data.{name}={getattr(self, name)} needs four numbers: tokens, patches, "
+                    "visual tokens, patches of a visual token; or two, tokens and views of "
+                    "pictures; buckets is a tuple of such tuples, the last number that of "
+                    "data.budget"
+                )
+        for name, known in (("absent", ("error", "skip")), ("balance", BALANCE)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"data.{name}={getattr(self, name)!r} is unknown; choose one of {known}"
+                )
+        if not self.sources:
+            raise ValueError("data.sources is empty; name at least one, (('json:FILE', 1.0),)")
+        named = [s.name for s in self.mixed]
+        if twice := sorted({n for n in named if named.count(n) > 1}):
+            raise ValueError(f"data.sources has {twice} twice; give them names of their own")
+        kinds = {"epochs" if s.epochs else "weight" for s in self.mixed}
+        unknown = sorted({s.group for s in self.mixed} - {"", *dict(self.groups)})
+        if len(kinds) > 1 or unknown:
+            raise ValueError(
+                "data.sources mixes epochs with weights or groups; use one of the two"
+                if len(kinds) > 1
+                else f"data.groups lacks {unknown}, which sources belong to; give their weights"
+            )
+
+    @property
+    def mixed(self):
+        """The sources, a `SourceConfig` each."""
+        return tuple(map(_source, self.sources))
+
+
+def _wrong(budget, first):
+    """Whether a budget has neither two nor four numbers, the last that of the first budget."""
+    if not isinstance(budget, (tuple, list)) or len(budget) not in (2, 4):
+        return True
+    return len(budget) == 4 and budget[3] != first[-1]
+
+
+def _source(entry):
+    if not isinstance(entry, dict):
+        spec, weight = entry
+        return SourceConfig(spec, weight=weight)
+    known = {f.name for f in dataclasses.fields(SourceConfig)}
+    if unknown := sorted(set(entry) - known):
+        raise ValueError(f"data.sources: {unknown} is unknown; allowed are {sorted(known)}")
+    processor = dict(entry.get("processor", ()))
+    return SourceConfig(**entry | {"processor": tuple(sorted(processor.items()))})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Data:
+    """Sources that are there, with the processor of each.
+
+    Attributes:
+      config: a `DataConfig`.
+      seed: of the order.
+      mixed: their `SourceConfig`s.
+      sources, processors: as many.
+      absent: names of those that are not there.
+    """
+
+    config: DataConfig
+    seed: int
+    mixed: tuple
+    sources: tuple
+    processors: tuple
+    absent: tuple
+
+    @property
+    def names(self):
+        """Of the sources."""
+        return tuple(s.name for s in self.mixed)
+
+    def sizes(self):
+        """Returns {name: number of records}, inf for a source without end."""
+        return {
+            s.name: len(source) if hasattr(source, "__len__") else np.inf
+            for s, source in zip(self.mixed, self.sources, strict=True)
+        }
+
+
+def open_data(config, make_processor, seed):
+    """Returns the `Data` of a `DataConfig`.
+
+    Args:
+      config: of the run.
+      make_processor: settings that differ, as a dict -> `Processor`.
+      seed: of the run.
+
+    Raises:
+      ValueError: a source is absent where that is an error, or all are.
+    """
+    opened, absent, made = [], {}, {}
+    for s in config.mixed:
+        try:
+            opened.append((s, open_source(s.spec, s.media_root or config.media_root, seed)))
+        except FileNotFoundError as error:
+            absent[s.name] = str(error)
+            continue
+        if s.processor not in made:
+            made[s.processor] = make_processor(dict(s.processor))
+    if absent and (config.absent == "error" or not opened):
+        raise ValueError(
+            f"{len(absent)} of {len(config.mixed)} sources are not there:\n  "
+            + "\n  ".join(f"{name}: {why}" for name, why in absent.items())
+            + "\ncorrect data.sources, or set data.absent='skip' to train on those that are"
+        )
+    mixed, sources = zip(*opened, strict=True)
+    processors = tuple(made[s.processor] for s in mixed)
+    return Data(config, seed, mixed, sources, processors, tuple(absent))
+
+
+def weights(data, counts):
+    """Returns the weight of each source, of so many usable records each (None = without end)."""
+    groups, total = dict(data.config.groups), {}
+    for s, count in zip(data.mixed, counts, strict=True):
+        if count is None and not s.weight:
+            raise ValueError(
+                f"source {s.name!r} has no end: give it a weight instead of epochs or a group"
+            )
+        if s.group:
+            total[s.group] = total.get(s.group, 0) + count
+    return [
+        s.weight or (s.epochs * n if s.epochs else groups[s.group] * n / total[s.group])
+        for s, n in zip(data.mixed, counts, strict=True)
+    ]
+
+
+def _chosen(data, k, usable):
+    """Returns the records of a source in use: those given (None = all), or as many as its cap."""
+    cap, source = data.mixed[k].cap, data.sources[k]
+    if not cap or not hasattr(source, "__len__"):
+        return usable
+    usable = np.arange(len(source)) if usable is None else usable
+    return np.sort(usable[permuted(np.arange(min(cap, len(usable))), len(usable), (data.seed, 0))])
+
+
+def _mixture(data, records):
+    """Returns (Mixture, Reader, weights) of the records in use."""
+    counts = [
+        (len(s) if hasattr(s, "__len__") else None) if r is None else len(r)
+        for s, r in zip(data.sources, records, strict=True)
+    ]
+    if 0 in counts:
+        raise ValueError(f"source {data.names[counts.index(0)]!r} has no record that can be used")
+    shares = weights(data, counts)
+    reader = Reader(data.names, data.sources, data.processors, records)
+    return Mixture(counts, shares, data.seed), reader, shares
+
+
+def streamed(data):
+    """Returns (Mixture, Reader, identity) of data that are packed as they come."""
+    records = [_chosen(data, k, None) for k in range(len(data.sources))]
+    mixture, reader, shares = _mixture(data, records)
+    identity = {"packing": "stream", "seed": data.seed} | {
+        f"source {name}": [n, weight]
+        for name, n, weight in zip(data.names, mixture.lengths, shares, strict=True)
+    }
+    return mixture, reader, identity
+
+
+def index_folder(data, name):
+    """Returns the folder of the length index of a source."""
+    readable = re.sub(r"[^\w.-]+", "_", name)[-60:]
+    return Path(data.config.index) / f"{readable}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def open_indices(data, budget):
+    """Returns the `index.Index` of each source; ValueError for those that are not made."""
+    found = []
+    for name, source, processor in zip(data.names, data.sources, data.processors, strict=True):
+        if not hasattr(source, "__len__"):
+            raise ValueError(
+                f"source {name!r} has no end and so no index: leave it out, or set data.index=''"
+            )
+        wanted = index.identity(source, processor, budget)
+        found.append(index.open_index(index_folder(data, name), wanted))
+    return found
+
+
+def planned(data, budgets, rows, mark=None):
+    """Returns (Plan, Reader, identity, indices) of data that have length indices.
+
+    Args:
+      data: a `Data`.
+      budgets: of the buckets.
+      rows: of a step.
+      mark: of a plan with this identity, to begin at.
+    """
+    config, indices = data.config, open_indices(data, budgets[0])
+    records = [_chosen(data, k, found.usable) for k, found in enumerate(indices)]
+    mixture, reader, shares = _mixture(data, records)
+    sizes = [_Sizes(found.sizes, r) for found, r in zip(indices, records, strict=True)]
+    identity = {
+        "packing": f"plan {VERSION}",
+        "seed": data.seed,
+        "rows": rows,
+        "budgets": [list(b.limits) for b in budgets],
+        "window": config.window,
+        "balance": config.balance,
+        "epochs": config.epochs,
+        "changed_at": config.changed_at,
+    } | {
+        f"source {s.name}": [found.digest, weight, s.cap]
+        for s, found, weight in zip(data.mixed, indices, shares, strict=True)
+    }
+    draws = mixture.epochs(config.epochs) if config.epochs else None
+    how = dict(window=config.window, balance=config.balance, draws=draws, mark=mark)
+    plan = Plan(mixture, sizes, budgets, rows, **how)
+    return plan, reader, json.loads(json.dumps(identity)), indices
+
+
+class _Sizes:
+    """Lengths of the records in use, read from the index as they are asked for."""
+
+    def __init__(self, sizes, records):
+        self.sizes, self.records = sizes, records
+
+    def __getitem__(self, at):
+        return self.sizes[self.records[at]]

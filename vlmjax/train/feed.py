@@ -1,0 +1,122 @@
+"""The data of a run on this host: batches from a checkpoint's position on, and their health."""
+
+import dataclasses
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from vlmjax import build, sharding
+from vlmjax.data import mix
+from vlmjax.data.health import Ledger
+from vlmjax.data.loading import prefetch
+from vlmjax.data.pack import Stats
+from vlmjax.data.plan import Mark
+from vlmjax.data.stream import Position, packed_batches, planned_batches
+
+
+class Feed(NamedTuple):
+    """Batches of a run.
+
+    Attributes:
+      batches: iterator of `PackedBatch`; close it at the end.
+      local: numbers of the rows of a step that a batch has here; None = all of them.
+      identity: what the order of the data depends on, for checkpoints.
+      ledger: of records that cannot be used.
+      absent: names of sources that are not there.
+    """
+
+    batches: object
+    local: tuple | None
+    identity: dict
+    ledger: Ledger
+    absent: tuple
+
+    def place(self, mesh, batch, rows):
+        """Returns a host `Batch` as global arrays of `rows` rows."""
+        return jax.tree.map(partial(sharding.place_rows, mesh, local=self.local, rows=rows), batch)
+
+    def totals(self, stats, rows):
+        """Returns a list of `Stats` of `rows` rows each; a collective where hosts have their own.
+
+        Rows that several hosts have, each some slots of them, count once.
+        """
+        if self.local is None or jax.process_count() == 1:
+            return stats
+        table = np.array([jax.tree.leaves(dataclasses.astuple(s)) for s in stats], np.float64)
+        summed = multihost_utils.process_allgather(table).sum(0)
+        form = jax.tree.structure(dataclasses.astuple(stats[0]))
+        copies = jax.process_count() * len(self.local) / rows
+        every = [jax.tree.unflatten(form, list(line)) for line in summed / copies]
+        fills = summed[:, -2:] / jax.process_count()
+        return [Stats(*s[:-2], *fill) for s, fill in zip(every, fills, strict=True)]
+
+
+def check_identity(saved, found, step, changed_at):
+    """Returns whether the data go on where a checkpoint left them; False = they begin anew.
+
+    Args:
+      saved: {what: value} in the checkpoint.
+      found: of this run.
+      step: of the checkpoint.
+      changed_at: of the config.
+
+    Raises:
+      ValueError: they differ, and the config does not say that they may from this step on.
+    """
+    other = sorted(k for k in saved.keys() | found.keys() if saved.get(k) != found.get(k))
+    if not other:
+        return True
+    if changed_at == step:
+        return False
+    told = "; ".join(f"{k}: {saved.get(k)} there, {found.get(k)} here" for k in other)
+    raise ValueError(
+        f"the checkpoint of step {step} was trained on other data ({told}); use the data of "
+        f"before, or give --config.data.changed_at={step} to go on with these, from their beginning"
+    )
+
+
+def open_feed(run, budgets, mesh, saved, step, workdir):
+    """Returns the `Feed` of a run.
+
+    Args:
+      run: a `build.Run`.
+      budgets: of its buckets.
+      mesh: the devices.
+      saved: {"position", "identity"} of the checkpoint that is resumed, None at the start.
+      step: of that checkpoint, 0 at the start.
+      workdir: of the run, for the ledger.
+    """
+    data, config, rows = build.open_data(run), run.data, run.train.rows
+    ledger = Ledger(workdir, data.sizes(), config.quota, jax.process_index())
+    how = dict(form=run.model.form, normalisation=config.normalisation)
+    if not config.index:
+        mixture, reader, identity = mix.streamed(data)
+        goes_on = saved and check_identity(saved["identity"], identity, step, config.changed_at)
+        position = Position(*saved["position"]) if goes_on else Position()
+        batches = packed_batches(
+            mixture,
+            reader,
+            budgets,
+            rows,
+            pool=config.pool,
+            position=position,
+            unusable="replace",
+            **how,
+        )
+        return Feed(prefetch(batches), None, identity, ledger, data.absent)
+    plan, reader, identity, indices = mix.planned(data, budgets, rows)
+    if jax.process_index() == 0:
+        for name, index in zip(data.names, indices, strict=True):
+            for bad in index.bad():
+                ledger.record(name, bad["id"], bad["reason"], bad["message"])
+    ledger.check()
+    if saved and check_identity(saved["identity"], identity, step, config.changed_at):
+        plan.first = Mark(*saved["position"])
+    local = sharding.local_rows(mesh, rows)
+    how |= dict(workers=config.workers, ahead=config.ahead, stall=config.stall)
+    start = step - config.changed_at
+    batches = planned_batches(plan, reader, budgets, local, start=start, **how)
+    return Feed(batches, local, identity, ledger, data.absent)
