@@ -121,6 +121,20 @@ class Tokenizer:
         """Returns the text of the ids."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
+    def render_chat(self, messages: Sequence[dict], generation: bool = False) -> str:
+        """Returns what the tokenizer's own chat template says; ValueError where it refuses."""
+        from jinja2 import TemplateError
+
+        try:
+            return self.hf.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=generation
+            )
+        except (TemplateError, TypeError, ValueError, KeyError) as e:
+            raise ValueError(
+                f"the tokenizer's chat template refuses the roles {[m['role'] for m in messages]}: "
+                f"{e}; choose another template"
+            ) from e
+
     def save(self, directory: str | Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json."""
         self.hf.save_pretrained(str(directory))
