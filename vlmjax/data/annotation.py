@@ -62,7 +62,7 @@ def to_record(
     """
     if not isinstance(annotation, dict):
         raise _malformed(f"annotation is a {type(annotation).__name__}", "give an object")
-    name = annotation.get("id", id)
+    name = id if annotation.get("id") is None else annotation["id"]
     if name is None:
         raise ValueError(
             f"annotation with keys {sorted(annotation)} has no 'id': pass one, e.g. its line number"

@@ -63,11 +63,13 @@ def derive_template(
         )
     ask, first = _Asked(tokenizer), None
     shown = {kind: ask.around(kind) for kind in ("image", "video")}
-    for template in _candidates(ask, tokenizer.hf.bos_token or ""):
+    special = [str(t) for t in tokenizer.hf.added_tokens_decoder.values() if t.special]
+    known = tuple(sorted(special, key=len, reverse=True))  # one may begin with another
+    for template in _candidates(ask, known, tokenizer.hf.bos_token or ""):
         template = replace(template, video=video, trim=ask.trimmed(template.turns))
         if shown["image"] is not None:
             template = replace(template, picture=_around(shown["image"], image_token))
-        template = _with_controls(template, tokenizer)
+        template = _with_controls(template, known, tokenizer)
         problem = _difference(template, ask, shown, image_token, video_token)
         if problem is None:
             return template
@@ -124,7 +126,14 @@ class _Asked:
             self._split([{"role": "user", "content": content}], False, 2)
             for content in ([texts[0], {"type": kind}, texts[1]], texts)
         )
-        return None if with_it in (None, without) else with_it[1]
+        if with_it in (None, without):
+            return None
+        if with_it[::2] != without[::2]:
+            raise ValueError(
+                f"the tokenizer's chat template moves the {kind} away from its place between "
+                f"texts: choose one of {sorted(TEMPLATES)}"
+            )
+        return with_it[1]
 
     def trimmed(self, turns):
         """Returns the roles that lose the space around what they say."""
@@ -142,7 +151,7 @@ def _message(role, text, parts):
     return {"role": ROLES[role], "content": [{"type": "text", "text": text}] if parts else text}
 
 
-def _candidates(ask, bos):
+def _candidates(ask, known, bos):
     """Yields templates that agree with what is around marks; how it divides may be ambiguous."""
     talk, said = ask.split("uauau"), ask.split("uaua")
     asked, prompt = ask.split("u"), ask.split("u", generation=True)
@@ -163,9 +172,12 @@ def _candidates(ask, bos):
             "assistant": (to_answer[len(user_after) :], answer_after),
         }
         start = before[: len(before) - len(user_before)]
+        answer = prompt[1][len(user_after) :]
+        cut, whole = [*turns["user"], *turns["assistant"]], _controls(known, *said, *prompt)
+        if _controls(known, start, *cut, *cut, end, start, *turns["user"], answer) != whole:
+            continue  # it is cut inside a control token
         start, system, turn = _system(ask, start, user_before, bos)
         turns |= {"system": turn} if turn else {}
-        answer = prompt[1][len(user_after) :]
         yield Template(turns, answer, (), (), start=start, system=system, end=end)
 
 
@@ -184,21 +196,22 @@ def _system(ask, start, user_before, bos):
     return start, "", None
 
 
-def _with_controls(template, tokenizer):
+def _controls(known, *texts):
+    pieces = [piece for text in texts for piece in split_controls(text, known)]
+    return [value for kind, value in pieces if kind == CONTROL]
+
+
+def _with_controls(template, known, tokenizer):
     """Returns the template with its control tokens: the special tokens in its texts."""
-    special = [str(t) for t in tokenizer.hf.added_tokens_decoder.values() if t.special]
-    known = tuple(sorted(special, key=len, reverse=True))  # one may begin with another
     turns, eos = template.turns, tokenizer.hf.eos_token
     if tokenizer.has("<|stream_start|>") and tokenizer.has("<|stream_end|>"):
         turns = turns | {"stream": STREAM}
-
-    def controls(*texts):
-        pieces = [piece for text in texts for piece in split_controls(text, known)]
-        return [value for kind, value in pieces if kind == CONTROL]
-
     around = [text for turn in turns.values() for text in turn]
-    used = controls(template.start, *around, *template.picture, template.answer, template.end)
-    ends = controls(turns["assistant"][1], turns["user"][0])[:1]
+    around += [template.start, *template.picture, template.answer, template.end]
+    used, ends = (
+        _controls(known, *around),
+        _controls(known, turns["assistant"][1], turns["user"][0])[:1],
+    )
     return replace(
         template,
         turns=turns,

@@ -170,7 +170,7 @@ def _numbers(values, count):
     return (
         isinstance(values, (list, tuple))
         and len(values) == count
-        and all(isinstance(v, (int, float, np.number)) and np.isfinite(v) for v in values)
+        and all(isinstance(v, (int, float, np.number)) and -1e9 < v < 1e9 for v in values)
     )
 
 

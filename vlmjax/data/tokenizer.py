@@ -11,6 +11,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from vlmjax.data.health import BadRecord
+
 _CACHE_ENTRIES = 65536
 _CACHE_LENGTH = 256  # longer texts rarely repeat
 SPECIAL_TOKENS = (
@@ -103,7 +105,10 @@ class Tokenizer:
         return ids
 
     def _encode_text(self, text: str) -> tuple[int, ...]:
-        ids = self._backend.encode(text, add_special_tokens=False).ids
+        try:
+            ids = self._backend.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeError) as e:  # half of a surrogate pair, as JSON may hold it
+            raise BadRecord("malformed", f"text {text[:80]!r} is no Unicode: repair it") from e
         if self._reserved.isdisjoint(ids):
             return tuple(ids)
         if self._plain is None:
@@ -111,9 +116,10 @@ class Tokenizer:
             self._plain.encode_special_tokens = True
         ids = self._plain.encode(text, add_special_tokens=False).ids
         if not self._reserved.isdisjoint(ids):
-            raise ValueError(
+            raise BadRecord(
+                "malformed",
                 f"text {text[:80]!r} contains a special token that cannot be encoded as text: "
-                "remove it"
+                "remove it",
             )
         return tuple(ids)
 
