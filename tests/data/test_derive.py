@@ -6,11 +6,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from vlmjax.data import chat
 from vlmjax.data.derive import choose_template, derive_template
 from vlmjax.data.templates import TEMPLATES
-from vlmjax.data.tokenizer import SPECIAL_TOKENS, byte_tokenizer
+from vlmjax.data.tokenizer import SPECIAL_TOKENS, Tokenizer, byte_tokenizer
 from vlmjax.hf.chat_template import make_chat_template
 
 TOKENS = dict(image_token="<|image_pad|>", video_token="<|video_pad|>")
@@ -168,6 +171,40 @@ def test_marks_make_no_difference_and_the_template_can_be_written_again(with_jin
     again = derive_template(with_jinja(written, name), **TOKENS)
     assert dataclasses.replace(again, document=template.document) == template
     assert again.stops == template.stops
+
+
+@pytest.fixture(params=["always", "first", "never"])
+def words(request):
+    """A tokenizer of words with the three ways of SentencePiece to put a space before them."""
+    backend = Backend(models.BPE(unk_token="<unk>"))
+    how = dict(prepend_scheme=request.param)
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(split=False, **how)
+    backend.decoder = decoders.Metaspace(**how)
+    trainer = trainers.BpeTrainer(
+        vocab_size=110, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False
+    )
+    corpus = ["[INST] What is it? [/INST] A cat. A cat.", re.sub("[{%}]", "", VICUNA)] * 20
+    backend.train_from_iterator(corpus, trainer)
+    names = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, **names))
+
+
+@pytest.mark.parametrize("name", ["vicuna", "mistral"])
+def test_spaces_before_words_are_those_of_transformers(words, name):
+    words.hf.chat_template = MARKED[name]
+    tokens = dict(image_token="<unk>", video_token="<unk>")
+    template = derive_template(words, **tokens)
+    said = ["What is it?", "A cat.", "What is it?", "A cat. A cat."]
+    roles = ["user", "assistant"] * 2
+    messages = [{"role": r, "content": t} for r, t in zip(roles, said, strict=True)]
+    theirs = words.hf.apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True
+    )
+    found = chat.encode(messages, [], words, **tokens, seed=None, template=template)
+    np.testing.assert_array_equal(found.tokens, theirs["input_ids"])
+    trained, answers = found.labels != chat.IGNORE, np.array(theirs["assistant_masks"], bool)
+    assert trained[answers].all()  # and a space before a word, where it is a token
+    assert {words._backend.id_to_token(t) for t in found.tokens[trained & ~answers]} <= {"▁"}
 
 
 def test_the_parts_of_a_template(with_jinja):

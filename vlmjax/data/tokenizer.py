@@ -15,6 +15,7 @@ from vlmjax.data.health import BadRecord
 
 _CACHE_ENTRIES = 65536
 _CACHE_LENGTH = 256  # longer texts rarely repeat
+FIRST, NEVER = b'"prepend_scheme":"first"', '"prepend_scheme":"never"'
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -43,7 +44,7 @@ class Tokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._reserved = {i for i, token in source.added_tokens_decoder.items() if token.special}
-        self._plain = None
+        self._texts, self._plain = _inner(self._backend), None
         self._cache: dict[str, tuple[int, ...]] = {}
 
     def __reduce__(self):
@@ -94,7 +95,11 @@ class Tokenizer:
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_text(self, text: str) -> tuple[int, ...]:
-        """Returns the ids of untrusted text, in which a literal special token is only text."""
+        """Returns the ids of untrusted text, in which a literal special token is only text.
+
+        It is taken for a part of a longer one that a control token opens: where a tokenizer puts a
+        space before the first word only, that is not here.
+        """
         ids = self._cache.get(text)
         if ids is None:
             ids = self._encode_text(text)
@@ -106,13 +111,13 @@ class Tokenizer:
 
     def _encode_text(self, text: str) -> tuple[int, ...]:
         try:
-            ids = self._backend.encode(text, add_special_tokens=False).ids
+            ids = self._texts.encode(text, add_special_tokens=False).ids
         except (TypeError, UnicodeError) as e:  # half of a surrogate pair, as JSON may hold it
             raise BadRecord("malformed", f"text {text[:80]!r} is no Unicode: repair it") from e
         if self._reserved.isdisjoint(ids):
             return tuple(ids)
         if self._plain is None:
-            self._plain = type(self._backend).from_str(self._backend.to_str())
+            self._plain = type(self._backend).from_str(self._texts.to_str())
             self._plain.encode_special_tokens = True
         ids = self._plain.encode(text, add_special_tokens=False).ids
         if not self._reserved.isdisjoint(ids):
@@ -142,6 +147,17 @@ class Tokenizer:
     def save(self, directory: str | Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json."""
         self.hf.save_pretrained(str(directory))
+
+
+def _inner(backend):
+    """Returns what encodes texts that do not open a sequence."""
+    before = backend.pre_tokenizer
+    if before is None or FIRST not in before.__getstate__():
+        return backend
+    made = json.loads(backend.to_str())
+    rule = json.dumps(made["pre_tokenizer"], separators=(",", ":"))
+    made["pre_tokenizer"] = json.loads(rule.replace(FIRST.decode(), NEVER))
+    return type(backend).from_str(json.dumps(made))
 
 
 def _load(directory: Path):
