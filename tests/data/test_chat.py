@@ -1,4 +1,4 @@
-"""Chat, tokenizer and annotations: what text may not do, and what is refused."""
+"""Chat and tokenizer: what text may not do, what is refused, where conversations are cut."""
 
 import pickle
 
@@ -8,8 +8,11 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
-from vlmjax.data import annotation, chat
-from vlmjax.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from vlmjax.data import chat
+from vlmjax.data.grounding import GROUNDING
+from vlmjax.data.health import BadRecord
+from vlmjax.data.templates import TEMPLATES
+from vlmjax.data.tokenizer import SPECIAL_TOKENS, Tokenizer, byte_tokenizer
 
 TOKENS = dict(image_token="<|image_pad|>", video_token="<|video_pad|>")
 QWEN = (
@@ -88,6 +91,11 @@ def test_a_token_that_cannot_be_text_is_refused(tokenizer):
         special.encode_text("axb")
 
 
+def test_half_a_surrogate_pair_is_a_bad_record(tokenizer):
+    with pytest.raises(BadRecord, match="is no Unicode"):
+        tokenizer.encode_text("x\ud800")
+
+
 def test_tokenizer_round_trips(tokenizer, tmp_path):
     text = "Größe 好 <|im_start|>\n"
     assert tokenizer.encode("<|im_start|>A") == [tokenizer.id("<|im_start|>"), 65]
@@ -111,23 +119,56 @@ def test_tokenizer_refusals(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "messages,match",
+    "messages,reason,match",
     [
-        ([], "no messages"),
-        ([{"role": "human", "content": "x"}], "message 0 has role 'human', known roles"),
-        ([{"role": "user", "content": None}], "content of type NoneType"),
-        ([{"role": "user", "content": [{"type": "audio"}]}], "part of type 'audio'"),
-        ([{"role": "user", "content": ["hello"]}], "part of type 'hello'"),
-        (["hello"], "message 0 is a str"),
-        ([{"role": "user", "content": [{"type": "image", "time": "1"}]}], "has time '1'"),
-        ([{"role": "user", "content": [{"type": "text"}]}], "text part without its text"),
-        ([{"role": "assistant", "content": [{"type": "image"}]}], r"\(assistant\) holds a image"),
-        ([{"role": "stream", "content": [{"type": "video"}]}], "holds a video: give one timed"),
+        ([], "malformed", "no messages"),
+        ("hello", "malformed", "no messages"),
+        (
+            [{"role": "human", "content": "x"}],
+            "unknown_role",
+            "message 0 has role 'human', known roles",
+        ),
+        ([{"role": ["user"], "content": "x"}], "unknown_role", r"role \['user'\]"),
+        ([{"role": "user", "content": None}], "malformed", "content of type NoneType"),
+        ([{"role": "user", "content": [{"type": "audio"}]}], "malformed", "part of type 'audio'"),
+        ([{"role": "user", "content": ["hello"]}], "malformed", "part of type 'hello'"),
+        (["hello"], "malformed", "message 0 is a str"),
+        (
+            [{"role": "user", "content": [{"type": "image", "time": "1"}]}],
+            "malformed",
+            "has time '1'",
+        ),
+        (
+            [{"role": "user", "content": [{"type": "text"}]}],
+            "malformed",
+            "text part without its text",
+        ),
+        (
+            [{"role": "assistant", "content": [{"type": "image"}]}],
+            "malformed",
+            r"\(assistant\) holds a image",
+        ),
+        (
+            [{"role": "stream", "content": [{"type": "video"}]}],
+            "malformed",
+            "holds a video: give one timed",
+        ),
+        (
+            [{"role": "assistant", "content": [{"type": "box", "boxes": [[0, 0, 3, 1]]}]}],
+            "malformed",
+            r"box \[0, 0, 3, 1\] is no",
+        ),
+        (
+            [{"role": "document", "content": "x"}, {"role": "user", "content": "x"}],
+            "malformed",
+            "a document beside others",
+        ),
     ],
 )
-def test_malformed_messages_are_refused(messages, match):
-    with pytest.raises(ValueError, match=match):
+def test_malformed_messages_are_refused(messages, reason, match):
+    with pytest.raises(BadRecord, match=match) as error:
         chat.check_messages(messages)
+    assert error.value.reason == reason
 
 
 def test_media_counts_must_match(tokenizer):
@@ -137,73 +178,98 @@ def test_media_counts_must_match(tokenizer):
             chat.encode(messages, counts, tokenizer, **TOKENS, seed=None)
 
 
-HUMAN = {"from": "human", "value": "<image>\nWhat?"}
-SAY = {"from": "human", "value": "Say"}
+ROUNDS = [
+    {"role": "system", "content": "s"},
+    {"role": "user", "content": "one"},
+    {"role": "assistant", "content": "a"},
+    {"role": "assistant", "content": "b"},
+    {"role": "stream", "content": "two"},
+    {"role": "user", "content": "x"},
+    {"role": "assistant", "content": "c"},
+    {"role": "user", "content": "three"},
+]
 
 
 @pytest.mark.parametrize(
-    "record,match",
-    [
-        ({"image": "a", "conversations": [{"from": "alien", "value": "x"}]}, "from 'alien'"),
-        ({"image": "a", "conversations": [{"from": "human", "value": 3}]}, "with a int"),
-        (
-            {"image": ["a", "b"], "conversations": [HUMAN]},
-            "1 <image> and 0 <video> tags for 2 images",
-        ),
-        ({"conversations": [HUMAN]}, "1 <image> and 0 <video> tags for 0 images"),
-        ({"video": "a", "conversations": [HUMAN]}, "for 0 images and 1 videos"),
-        ({"image": "a", "video": "b", "conversations": [HUMAN]}, "both 'image' and 'video'"),
-        ({"video": ["a", "b"], "conversations": [SAY]}, "2 video files, 1 is allowed"),
-        ({"conversations": [{"from": "gpt", "value": "x"}]}, "no human turn"),
-        ({"image": "a"}, "no human turn"),
-    ],
+    "room,kept", [(99, 8), (8, 8), (7, 7), (6, 4), (5, 4), (4, 4), (3, None), (0, None)]
 )
-def test_malformed_annotations_are_refused(record, match):
-    with pytest.raises(ValueError, match=match):
-        annotation.ordinary_messages(record)
+def test_conversations_are_cut_between_rounds(room, kept):
+    asked = []
+
+    def fits(messages):
+        asked.append(len(messages))
+        return len(messages) <= room
+
+    if kept is None:
+        with pytest.raises(BadRecord, match="first round of 8 messages does not fit") as error:
+            chat.cut_at_turns(ROUNDS, fits)
+        assert error.value.reason == "too_long"
+    else:
+        assert chat.cut_at_turns(ROUNDS, fits) == (ROUNDS[:kept], 8 - kept)
+    assert set(asked) <= {8, 7, 4}  # never inside a round
 
 
-def test_system_turns_and_untagged_media():
-    record = {
-        "image": ["a", "b"],
-        "conversations": [
-            {"from": "system", "value": "Be brief."},
-            SAY,
-            {"from": "gpt", "value": "x"},
-        ],
-    }
-    system, user, answer = annotation.ordinary_messages(record)
-    assert system == {"role": "system", "content": "Be brief."}
-    assert [p.get("image", p.get("text")) for p in user["content"]] == ["a", "b", "Say"]
-    assert answer["role"] == "assistant"
+@pytest.mark.parametrize("rounds", [1, 2, 3, 7, 20])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_longest_start_that_fits_is_kept(rounds, seed):
+    rng = np.random.default_rng((seed, rounds))
+    messages = [
+        {"role": role, "content": "x" * int(rng.integers(9))}
+        for _ in range(rounds)
+        for role in ("user", "assistant")
+    ]
+    size = [sum(len(m["content"]) for m in messages[: 2 * k]) for k in range(rounds + 1)]
+    for room in range(size[1], size[-1] + 2):
+        kept, dropped = chat.cut_at_turns(
+            messages, lambda m, room=room: sum(len(x["content"]) for x in m) <= room
+        )
+        assert len(kept) == 2 * max(k for k in range(rounds + 1) if size[k] <= room)
+        assert kept == messages[: len(kept)] and dropped == len(messages) - len(kept)
 
 
-def test_streams_are_cut_where_messages_would_lack_frames():
-    turns = [{"role": "assistant", "content": "x", "time": t} for t in (0.5, 1.0, 2.0, 9.0)]
-    times = [0.0, 1.0, 2.0, 3.0]
-    messages, dropped = annotation.stream_messages(
-        {"conversation": turns}, times, times, max_frames=2
+def test_a_document_is_not_cut():
+    with pytest.raises(BadRecord, match="does not fit"):
+        chat.cut_at_turns([{"role": "document", "content": "x"}], lambda messages: False)
+
+
+SAYS = {"type": "text", "text": "A cat sits. "}
+DOCUMENT = {"role": "document", "content": [SAYS, {"type": "image"}, {**SAYS, "text": "It eats."}]}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_document_is_trained_as_a_whole(name):
+    template = TEMPLATES[name]
+    tokenizer = byte_tokenizer(
+        sorted({*SPECIAL_TOKENS, *template.controls, *template.stops, template.document})
     )
-    assert [m["role"] for m in messages] == ["stream", "assistant", "stream", "assistant"]
-    assert dropped == 2
-    turns.reverse()
-    with pytest.raises(ValueError, match="turn 1 has time 2.0 after 9.0: sort"):
-        annotation.stream_messages({"conversation": turns}, times, times)
-    with pytest.raises(ValueError, match="no 'conversation'"):
-        annotation.stream_messages({}, times, times)
+    how = dict(TOKENS, seed="s", template=template)
+    found = chat.encode([DOCUMENT], [2], tokenizer, **how)
+    start, (before, after) = template.start, template.picture
+    said = ["A cat sits. ", before, after, "It eats.", template.document]
+    spoken = np.concatenate([tokenizer.encode(text) for text in said])
+    trained = found.labels != chat.IGNORE
+    np.testing.assert_array_equal(found.labels[trained], spoken)
+    np.testing.assert_array_equal(found.labels[trained], found.tokens[trained])
+    opening = len(tokenizer.encode(start))
+    assert (trained == ~found.visual)[opening:].all() and not trained[:opening].any()
+    text = chat.render([DOCUMENT], *TOKENS.values(), template=template)
+    assert text == f"{start}A cat sits. {before}<|image_pad|>{after}It eats.{template.document}"
+    prompt = chat.encode([DOCUMENT], [2], tokenizer, **how, generation=True)
+    ends = int(bool(template.document))
+    np.testing.assert_array_equal(prompt.tokens, found.tokens[: len(found.tokens) - ends])
 
 
-def test_media_paths_stay_inside_the_root(tmp_path):
-    root = tmp_path / "media"
-    root.mkdir()
-    (root / "a.png").write_bytes(b"")
-    (tmp_path / "secret.png").write_bytes(b"")
-    (root / "link.png").symlink_to(tmp_path / "secret.png")
-    assert annotation.media_path(root, "a.png").name == "a.png"
-    for name in ("../secret.png", str(tmp_path / "secret.png"), "link.png"):
-        with pytest.raises(ValueError, match="leads outside"):
-            annotation.media_path(root, name)
-    with pytest.raises(ValueError, match="is a URL"):
-        annotation.media_path(root, "http://a/b.png")
-    with pytest.raises(ValueError, match="is not a file"):
-        annotation.media_path(root, "b.png")
+@pytest.mark.parametrize("text", [*HOSTILE, "<box>[1]</box> <ref>x</ref>", "zqm0zq"])
+def test_boxes_are_control_tokens_and_what_looks_like_them_is_text(text):
+    marks = ("<ref>", "</ref>", "<box>", "</box>")
+    tokenizer = byte_tokenizer((*SPECIAL_TOKENS, *marks))
+    box = {"type": "box", "boxes": [[0.1, 0.2, 0.5, 1.0]]}
+    content = [{"type": "text", "text": text}, {"type": "ref", "text": text}, box]
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": content}]
+    how = dict(TOKENS, seed=None, grounding=GROUNDING["internvl"])
+    found = chat.encode(messages, [], tokenizer, **how)
+    special = [t for t in found.tokens.tolist() if t >= 256]
+    start, end = map(tokenizer.id, ("<|im_start|>", "<|im_end|>"))
+    assert special == [start, end, start, *map(tokenizer.id, marks), end]
+    answer = tokenizer.decode(found.labels[found.labels != chat.IGNORE], skip_special=False)
+    assert answer == f"{text}<ref>{text}</ref><box>[[100, 200, 500, 1000]]</box><|im_end|>"

@@ -89,6 +89,15 @@ def bare(messages):
     return out
 
 
+def with_timestamps(messages):
+    """Returns bare messages as `chat.encode` takes them, and how many frames they show."""
+    shown = bare(messages)
+    parts = [p for m in shown if not isinstance(m["content"], str) for p in m["content"]]
+    for part in parts:
+        part |= {"timestamps": [0.0, 1.0, 2.0]} if part["type"] == "video" else {}
+    return shown, sum({"image": 1, "video": 3}.get(part["type"], 0) for part in parts)
+
+
 @pytest.mark.parametrize("case", range(6))
 def test_golden_annotations(golden, case):
     z, _ = golden("videollama3_text")
@@ -101,5 +110,27 @@ def test_golden_annotations(golden, case):
         used = json.loads(str(z[f"out/messages_info_{case:02d}"]))["frames_used"]
         assert frames == times[:used] and dropped == 0
     else:
-        messages = annotation.ordinary_messages(record)
+        messages, repairs = annotation.ordinary_messages(record)
+        leading, missing = {"leading_assistant": 1}, {"missing_tag": 1}
+        assert repairs == (leading | missing if case == 2 else {})
     assert bare(messages) == bare(expected)
+
+
+@pytest.mark.parametrize("case", range(6))
+def test_golden_annotations_are_trained_as_their_messages(golden, golden_tokenizer, case):
+    z, _ = golden("videollama3_text")
+    record = json.loads(str(z[f"in/annotation_{case:02d}"]))
+    times = z[f"in/annotation_timestamps_{case:02d}"].tolist()
+    if record.get("stream"):
+        messages, _ = annotation.stream_messages(record, times, times)
+    else:
+        messages, _ = annotation.ordinary_messages(record)
+    found, expected = (
+        chat.encode(shown, [2] * frames, golden_tokenizer, **TOKENS, seed=None)
+        for shown, frames in map(
+            with_timestamps, (messages, json.loads(str(z[f"out/messages_{case:02d}"])))
+        )
+    )
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_array_equal(found.labels, expected.labels)
+    chat.check_answer(messages)

@@ -17,16 +17,19 @@ message the first token of the next message is trained too: it says whether the 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from vlmjax.data.grounding import GROUNDING, PARTS, Grounding, check_part
+from vlmjax.data.health import BadRecord
 from vlmjax.data.templates import CONTROL, TEMPLATES, TEXT, VISUAL, Template
 from vlmjax.data.tokenizer import Tokenizer
 
 IGNORE = -100
-ROLES = ("system", "user", "assistant", "stream")
+TRAINED = ("assistant", "document")
+ROLES = ("system", "user", "assistant", "stream", "document")
 
 
 class Encoded(NamedTuple):
@@ -66,46 +69,102 @@ class Piece(NamedTuple):
 
 
 def check_messages(messages: Sequence[dict]) -> None:
-    """Raises ValueError unless every message has a known role and well-formed content."""
-    if not messages:
-        raise ValueError("the record has no messages: give at least one user message")
+    """Raises BadRecord unless every message has a known role and well-formed content."""
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise BadRecord("malformed", "the record has no messages: give at least one user message")
     for number, message in enumerate(messages):
         if not isinstance(message, dict):
-            raise ValueError(
-                f"message {number} is a {type(message).__name__}: give role and content"
+            raise BadRecord(
+                "malformed",
+                f"message {number} is a {type(message).__name__}: give role and content",
             )
         role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise ValueError(
-                f"message {number} has role {role!r}, known roles are {ROLES}: rename it"
+        if not isinstance(role, str) or role not in ROLES:
+            raise BadRecord(
+                "unknown_role",
+                f"message {number} has role {role!r}, known roles are {ROLES}: rename it",
+            )
+        if role == "document" and len(messages) > 1:
+            raise BadRecord(
+                "malformed",
+                f"message {number} is a document beside others: make it a record of its own",
             )
         if isinstance(content, str):
             continue
         if not isinstance(content, (list, tuple)):
-            raise ValueError(
-                f"message {number} has content of type {type(content).__name__}: give text or parts"
+            raise BadRecord(
+                "malformed",
+                f"message {number} has content of type {type(content).__name__}: give text or "
+                "parts",
             )
         for part in content:
-            kind = part.get("type") if isinstance(part, dict) else part
-            if kind not in ("text", "image", "video"):
-                raise ValueError(
-                    f"message {number} has a part of type {kind!r}: use text, image or video"
-                )
-            if kind == "text" and not isinstance(part.get("text"), str):
-                raise ValueError(
-                    f"message {number} has a text part without its text: give a string"
-                )
-            if not isinstance(part.get("time", 0), (int, float, np.number, type(None))):
-                raise ValueError(f"message {number} has time {part['time']!r}: give seconds")
-            if kind != "text" and role in ("system", "assistant"):
-                raise ValueError(
-                    f"message {number} ({role}) holds a {kind}: move it to a user or stream message"
-                )
-            if kind == "video" and role == "stream":
-                raise ValueError(
-                    f"message {number} (stream) holds a video: give one timed image per stream "
-                    "message"
-                )
+            _check_part(part, number, role)
+
+
+def _check_part(part, number, role):
+    def malformed(what):
+        return BadRecord("malformed", f"message {number} {what}")
+
+    kind = part.get("type") if isinstance(part, dict) else part
+    if kind not in ("text", "image", "video", *PARTS):
+        raise malformed(f"has a part of type {kind!r}: use text, image or video, or of {PARTS}")
+    if kind in PARTS:
+        return check_part(part)
+    if kind == "text" and not isinstance(part.get("text"), str):
+        raise malformed("has a text part without its text: give a string")
+    if not isinstance(part.get("time", 0), (int, float, np.number, type(None))):
+        raise malformed(f"has time {part['time']!r}: give seconds")
+    if kind != "text" and role in ("system", "assistant"):
+        raise malformed(f"({role}) holds a {kind}: move it to a user or stream message")
+    if kind == "video" and role == "stream":
+        raise malformed("(stream) holds a video: give one timed image per stream message")
+    return None
+
+
+def check_answer(messages: Sequence[dict]) -> None:
+    """Raises BadRecord unless an assistant or a document says something, so that it is trained."""
+    for message in messages:
+        if message["role"] in TRAINED:
+            said = message["content"]
+            parts = [{"type": "text", "text": said}] if isinstance(said, str) else said
+            if any(p["type"] in ("box", "span") or p.get("text", "").strip() for p in parts):
+                return
+    raise BadRecord(
+        "no_answer", "no assistant turn has any text, so nothing would be trained: add an answer"
+    )
+
+
+def cut_at_turns(
+    messages: Sequence[dict], fits: Callable[[list[dict]], bool]
+) -> tuple[list[dict], int]:
+    """Returns the longest start of a conversation that fits, and how many messages were dropped.
+
+    It is cut between rounds only: a round is what others say (with what is shown) and the answers
+    to it. A first round that does not fit is a BadRecord.
+
+    Args:
+      messages: checked messages.
+      fits: whether messages fit; when some do, every shorter start does.
+    """
+    messages = list(messages)
+    if fits(messages):
+        return messages, 0
+    ends = [
+        k
+        for k in range(1, len(messages))
+        if messages[k - 1]["role"] == "assistant" and messages[k]["role"] != "assistant"
+    ]
+    low, high = 0, len(ends)  # ends[:low] fit, ends[high:] do not
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if fits(messages[: ends[middle]]) else (low, middle)
+    if not low:
+        raise BadRecord(
+            "too_long",
+            f"the first round of {len(messages)} messages does not fit: shorten it, or raise the "
+            "limits",
+        )
+    return messages[: ends[low - 1]], len(messages) - ends[low - 1]
 
 
 def render(
@@ -114,10 +173,12 @@ def render(
     video_token: str,
     generation: bool = False,
     template: Template = TEMPLATES["videollama3"],
+    grounding: Grounding = GROUNDING["videollama3"],
 ) -> str:
     """Returns the text of a conversation with one placeholder per image or frame."""
     check_messages(messages)
-    pieces = _conversation(messages, template, image_token, video_token, generation)
+    tokens = {"image": image_token, "video": video_token}
+    pieces = _conversation(messages, template, tokens, grounding, generation)
     return "".join(piece.value for piece in pieces)
 
 
@@ -131,6 +192,7 @@ def encode(
     seed: str | None,
     generation: bool = False,
     template: Template = TEMPLATES["videollama3"],
+    grounding: Grounding = GROUNDING["videollama3"],
 ) -> Encoded:
     """Tokenises a conversation.
 
@@ -145,8 +207,10 @@ def encode(
       seed: chooses which surplus stream decisions are dropped; None keeps all of them.
       generation: end where an answer begins and train nothing.
       template: of the conversation.
+      grounding: how boxes and spans are written.
     """
-    pieces = _conversation(messages, template, image_token, video_token, generation)
+    placeholders = {"image": image_token, "video": video_token}
+    pieces = _conversation(messages, template, placeholders, grounding, generation)
     tokens, labels, picture, entry, decisions = [], [], [], [], []
     for piece in _runs(_shown(pieces, pictures)):
         if piece.decides:
@@ -188,20 +252,26 @@ def balance(kinds: Sequence[int], places: Sequence[int], seed: str) -> list[int]
     return sorted(int(p) for group in groups.values() for p in rng.permutation(group)[:rarest])
 
 
-def _conversation(messages, template, image_token, video_token, generation):
+def _conversation(messages, template, tokens, grounding, generation):
     """Returns the `Piece`s of messages; those of visual items have no entries yet."""
+    made, previous = [Piece(*piece) for piece in template.pieces(template.start)], None
+    if messages[0]["role"] == "document":
+        content = _content(messages[0], template, tokens, grounding)
+        made += [Piece(*piece, piece[0] != VISUAL) for piece in content]
+        ends = template.document and not generation
+        return made + ([Piece(CONTROL, template.document, True)] if ends else [])
     if template.system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": template.system}, *messages]
-    made, previous = [Piece(*piece) for piece in template.pieces(template.start)], None
     for message in messages:
         role = message["role"]
         if role not in template.turns:
-            raise ValueError(
+            raise BadRecord(
+                "unknown_role",
                 f"a message has role {role!r}, the template knows {sorted(template.turns)}: move "
-                "its text to one of these, or choose another template"
+                "its text to one of these, or choose another template",
             )
         before, after = map(template.pieces, template.turns[role])
-        content = _content(message, template, image_token, video_token)
+        content = _content(message, template, tokens, grounding)
         if role == "assistant":
             content = [(*piece, True) for piece in content]
             last = next((k for k, (kind, _) in enumerate(after) if kind == CONTROL), len(after))
@@ -220,27 +290,41 @@ def _conversation(messages, template, image_token, video_token, generation):
     return made + [Piece(*piece, answered) for piece in template.pieces(template.end)]
 
 
-def _content(message, template, image_token, video_token):
+def _content(message, template, tokens, grounding):
     """Returns the (kind, value) pairs of what a message says."""
-    if isinstance(message["content"], str):
-        return [(TEXT, message["content"])] if message["content"] else []
-    pieces, stream = [], message["role"] == "stream"
+    content, pieces, stream = message["content"], [], message["role"] == "stream"
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+    if message["role"] in template.trim:
+        parts = _trimmed(parts)
     before, after = map(template.pieces, template.picture)
-    for part in message["content"]:
-        if part["type"] == "text":
-            pieces.append((TEXT, part["text"]))
-        elif part["type"] == "image":
+    for part in parts:
+        kind = part["type"]
+        if kind == "text":
+            pieces += [(TEXT, part["text"])] if part["text"] else []
+        elif kind in PARTS:
+            pieces += grounding.pieces(part)
+        elif kind == "image":
             time = part.get("time")
             if time is not None:
                 pieces.append((TEXT, f"Time {time:.1f}s: "))
-            pieces += [*before, (VISUAL, video_token if stream else image_token), *after]
+            pieces += [*before, (VISUAL, tokens["video" if stream else "image"]), *after]
         elif template.video == "whole":
-            pieces += [*before, (VISUAL, video_token), *after]
+            pieces += [*before, (VISUAL, tokens["video"]), *after]
         else:
             for k, time in enumerate(part["timestamps"]):
-                pieces += [(TEXT, f"{',' if k else ''}Time {time:.1f}s:"), (VISUAL, video_token)]
+                said = f"{',' if k else ''}Time {time:.1f}s:"
+                pieces += [(TEXT, said), (VISUAL, tokens["video"])]
             pieces += after
     return pieces
+
+
+def _trimmed(parts):
+    """Returns parts without the space that a message begins and ends with."""
+    if parts and parts[0]["type"] == "text":
+        parts[0] = {**parts[0], "text": parts[0]["text"].lstrip()}
+    if parts and parts[-1]["type"] == "text":
+        parts[-1] = {**parts[-1], "text": parts[-1]["text"].rstrip()}
+    return parts
 
 
 def _shown(pieces, pictures):

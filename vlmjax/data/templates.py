@@ -31,6 +31,9 @@ class Template:
         of visual tokens.
       stops: tokens that end an answer.
       end: what comes after a last answer, trained with it.
+      document: the control token that ends a document, trained with it; "" = none. A document is
+        trained as a whole, between `start` and this, its pictures where they stand in its text.
+      trim: roles whose text loses the space around it.
     """
 
     turns: dict[str, tuple[str, str]] = field(hash=False)
@@ -43,12 +46,21 @@ class Template:
     place: str = "inside"
     video: str = "whole"
     end: str = ""
+    document: str = ""
+    trim: tuple[str, ...] = ()
 
     def pieces(self, text):
-        """Returns the [(kind, value)] of a trusted text: control tokens, and text between them."""
-        split = re.split("|".join(map(re.escape, self.controls)).join("()"), text)
-        kinds = ((CONTROL if value in self.controls else TEXT, value) for value in split)
-        return [(kind, value) for kind, value in kinds if value]
+        """Returns the [(kind, value)] of a trusted text."""
+        return split_controls(text, self.controls)
+
+
+def split_controls(text: str, controls: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Returns the [(kind, value)] of a trusted text: control tokens, and text between them."""
+    if not controls:
+        return [(TEXT, text)] if text else []
+    split = re.split("|".join(map(re.escape, controls)).join("()"), text)
+    kinds = ((CONTROL if value in controls else TEXT, value) for value in split)
+    return [(kind, value) for kind, value in kinds if value]
 
 
 def _chatml(**more):
@@ -59,6 +71,7 @@ def _chatml(**more):
         answer="<|im_start|>assistant\n",
         controls=("<|im_start|>", "<|im_end|>"),
         stops=("<|im_end|>", "<|endoftext|>"),
+        document="<|endoftext|>",
     )
     return Template(**(made | more))
 
@@ -94,6 +107,7 @@ def _llama3(**more):
         answer="<|start_header_id|>assistant<|end_header_id|>\n\n",
         controls=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
         stops=("<|eot_id|>", "<|end_of_text|>"),
+        document="<|end_of_text|>",
     )
     return Template(**(made | more))
 
@@ -108,6 +122,7 @@ TEMPLATES = {
         start="<s>",
         controls=("<s>", "</s>"),
         stops=("</s>",),
+        document="</s>",
         picture=("", ""),
     ),
     "vicuna": Template(  # vicuna_v1
@@ -117,6 +132,7 @@ TEMPLATES = {
         system=VICUNA,
         controls=("<s>", "</s>"),
         stops=("</s>",),
+        document="</s>",
     ),
     "mistral": Template(  # the template of llava-v1.6-mistral-7b
         turns={"user": ("[INST] ", " [/INST]"), "assistant": (" ", "</s>")},
@@ -124,6 +140,7 @@ TEMPLATES = {
         start="<s>",
         controls=("<s>", "</s>"),
         stops=("</s>",),
+        document="</s>",
     ),
     "llama3": _llama3(),
     "llava_llama3": _llama3(system=LLAMA_3),
@@ -135,6 +152,7 @@ TEMPLATES = {
         start="<s>",
         controls=("<s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
         stops=("<|end|>", "<|endoftext|>"),
+        document="<|endoftext|>",
     ),
     "minicpm": Template(
         turns={"user": ("<用户>", ""), "assistant": ("<AI>", "</s>")},
@@ -142,6 +160,7 @@ TEMPLATES = {
         start="<s>",
         controls=("<s>", "</s>"),
         stops=("</s>",),
+        document="</s>",
     ),
     "cogvlm": Template(
         turns={"user": ("Question: ", " "), "assistant": ("Answer: ", "<|end_of_text|>")},
@@ -149,6 +168,7 @@ TEMPLATES = {
         start="<|begin_of_text|>",
         controls=("<|begin_of_text|>", "<|end_of_text|>"),
         stops=("<|end_of_text|>",),
+        document="<|end_of_text|>",
         picture=("", ""),
         place="first",
     ),
@@ -163,6 +183,7 @@ TEMPLATES = {
         end="<|endoftext|>",
         controls=("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|endoftext|>"),
         stops=("<|user|>", "<|endoftext|>", "<|observation|>"),
+        document="<|endoftext|>",
         picture=("", ""),
     ),
 }

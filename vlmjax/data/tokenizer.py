@@ -11,8 +11,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from vlmjax.data.health import BadRecord
+
 _CACHE_ENTRIES = 65536
 _CACHE_LENGTH = 256  # longer texts rarely repeat
+FIRST, NEVER = b'"prepend_scheme":"first"', '"prepend_scheme":"never"'
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -41,7 +44,7 @@ class Tokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._reserved = {i for i, token in source.added_tokens_decoder.items() if token.special}
-        self._plain = None
+        self._texts, self._plain = _inner(self._backend), None
         self._cache: dict[str, tuple[int, ...]] = {}
 
     def __reduce__(self):
@@ -92,7 +95,11 @@ class Tokenizer:
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_text(self, text: str) -> tuple[int, ...]:
-        """Returns the ids of untrusted text, in which a literal special token is only text."""
+        """Returns the ids of untrusted text, in which a literal special token is only text.
+
+        It is taken for a part of a longer one that a control token opens: where a tokenizer puts a
+        space before the first word only, that is not here.
+        """
         ids = self._cache.get(text)
         if ids is None:
             ids = self._encode_text(text)
@@ -103,17 +110,21 @@ class Tokenizer:
         return ids
 
     def _encode_text(self, text: str) -> tuple[int, ...]:
-        ids = self._backend.encode(text, add_special_tokens=False).ids
+        try:
+            ids = self._texts.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeError) as e:  # half of a surrogate pair, as JSON may hold it
+            raise BadRecord("malformed", f"text {text[:80]!r} is no Unicode: repair it") from e
         if self._reserved.isdisjoint(ids):
             return tuple(ids)
         if self._plain is None:
-            self._plain = type(self._backend).from_str(self._backend.to_str())
+            self._plain = type(self._backend).from_str(self._texts.to_str())
             self._plain.encode_special_tokens = True
         ids = self._plain.encode(text, add_special_tokens=False).ids
         if not self._reserved.isdisjoint(ids):
-            raise ValueError(
+            raise BadRecord(
+                "malformed",
                 f"text {text[:80]!r} contains a special token that cannot be encoded as text: "
-                "remove it"
+                "remove it",
             )
         return tuple(ids)
 
@@ -121,9 +132,32 @@ class Tokenizer:
         """Returns the text of the ids."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
+    def render_chat(self, messages: Sequence[dict], generation: bool = False) -> str:
+        """Returns what the tokenizer's own chat template says; ValueError where it refuses."""
+        try:
+            return self.hf.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=generation
+            )
+        except Exception as e:  # a template is a program: it may raise anything
+            raise ValueError(
+                f"the tokenizer's chat template refuses the roles {[m['role'] for m in messages]}: "
+                f"{e}; choose another template"
+            ) from e
+
     def save(self, directory: str | Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json."""
         self.hf.save_pretrained(str(directory))
+
+
+def _inner(backend):
+    """Returns what encodes texts that do not open a sequence."""
+    before = backend.pre_tokenizer
+    if before is None or FIRST not in before.__getstate__():
+        return backend
+    made = json.loads(backend.to_str())
+    rule = json.dumps(made["pre_tokenizer"], separators=(",", ":"))
+    made["pre_tokenizer"] = json.loads(rule.replace(FIRST.decode(), NEVER))
+    return type(backend).from_str(json.dumps(made))
 
 
 def _load(directory: Path):

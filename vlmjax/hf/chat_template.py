@@ -51,8 +51,7 @@ def make_chat_template(template: Template, image: str, video: str) -> str:
     part = PART.format(**shown)
     lines += [
         *_by_role(template, 0),
-        "    {%- if message['content'] is string %}",
-        "        {{- message['content'] }}",
+        *_content(template),
         "    {%- else %}",
         "        {%- for part in message['content'] %}",
         part,
@@ -66,6 +65,21 @@ def make_chat_template(template: Template, image: str, video: str) -> str:
     if template.end:
         lines += ["{%- else %}", "    " + _say(template.end)]
     return "\n".join([*lines, "{%- endif %}"]) + "\n"
+
+
+def _content(template):
+    """What opens a message: its text, or the start of its parts."""
+    text = "        {{- message['content'] }}"
+    lines = ["    {%- if message['content'] is string %}", text]
+    if template.trim:
+        lines[1:] = [
+            f"        {{%- if message['role'] in {list(template.trim)} %}}",
+            "            {{- message['content'] | trim }}",
+            "        {%- else %}",
+            "    " + text,
+            "        {%- endif %}",
+        ]
+    return lines
 
 
 def _by_role(template, side):

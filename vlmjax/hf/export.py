@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from vlmjax.connectors.mlp import MLPConfig
+from vlmjax.data.derive import choose_template
 from vlmjax.data.processor import ProcessorConfig
-from vlmjax.data.templates import TEMPLATES
 from vlmjax.data.tokenizer import Tokenizer
 from vlmjax.hf import internvl, remote_export
 from vlmjax.hf.classes import Fit, find_class
@@ -246,7 +246,7 @@ def _token_ids(tokenizer: Tokenizer, config: ProcessorConfig) -> dict:
     if config.picture is None:
         ids = {name: tokenizer.id(token) for name, token in SPECIAL.items()}
         return ids | {"stops": [ids["eos"], ids["pad"]]}
-    template, known = TEMPLATES[config.template], tokenizer.hf
+    template, known = choose_template(config, tokenizer), tokenizer.hf
     taken = {*template.controls, *template.stops, *internvl.MARKS}
     for name in ("image_token", "video_token"):
         token = getattr(config, name)

@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from vlmjax.data.derive import choose_template
 from vlmjax.data.processor import ProcessorConfig
 from vlmjax.data.templates import TEMPLATES
 from vlmjax.data.tokenizer import Tokenizer
@@ -123,7 +124,7 @@ def write_picture_processor(
     more = dict(named and {"extra_special_tokens": dict(named), **named})
     write_tokenizer(directory, tokenizer, name | more)
     tokens = config.image_token, named.get("video_token", config.video_token)
-    template = make_chat_template(TEMPLATES[config.template], *tokens)
+    template = make_chat_template(choose_template(config, tokenizer), *tokens)
     (directory / TEMPLATE).write_text(template)
     _write_sections(directory, *sections, processor | {OURS: dataclasses.asdict(config)}, name)
 

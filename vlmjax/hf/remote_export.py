@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from vlmjax.data.derive import choose_template
 from vlmjax.data.processor import ProcessorConfig
-from vlmjax.data.templates import TEMPLATES
 from vlmjax.data.tokenizer import Tokenizer
 from vlmjax.hf import remote
 from vlmjax.hf.processor import OURS, PROCESSOR, write_tokenizer
@@ -100,7 +100,7 @@ def save(
     tensors = table_tensors(remote.rows(cfg), params, dtype)
     kinds = sorted({t.dtype.name for t in tensors})
     write_tensors(out_dir, tensors, max_shard_size)
-    stops = TEMPLATES[processor_config.template].stops
+    stops = choose_template(processor_config, tokenizer).stops
     stops = [tokenizer.id(token) for token in stops if tokenizer.has(token)]
     pad = tokenizer.hf.pad_token_id
     ids = {"eos_token_id": stops, "pad_token_id": (stops or [0])[0] if pad is None else pad}
