@@ -6,7 +6,9 @@ from numbered_frame import frame_number
 from PIL import Image
 
 from vlmjax.data import annotation
-from vlmjax.data.processor import ProcessorConfig
+from vlmjax.data.grounding import GROUNDING
+from vlmjax.data.processor import Processor, ProcessorConfig, control_tokens
+from vlmjax.data.tokenizer import SPECIAL_TOKENS, byte_tokenizer
 
 RNG = np.random.default_rng(1)
 IMAGE = RNG.integers(0, 256, (40, 40, 3), dtype=np.uint8)
@@ -187,3 +189,34 @@ def test_prompts_must_leave_the_answer_out(make_processor):
 def test_bad_configs_are_refused(values, match):
     with pytest.raises(ValueError, match=match):
         ProcessorConfig(**values)
+
+
+def test_templates_of_tokenizers_boxes_and_documents(tmp_path):
+    Image.new("RGB", (56, 28)).save(tmp_path / "a.png")
+    tokenizer = byte_tokenizer((*SPECIAL_TOKENS, "<ref>", "</ref>", "<box>", "</box>"))
+    tokenizer.hf.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | trim }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    config = ProcessorConfig(template="tokenizer", grounding="internvl", min_visual_tokens=1)
+    assert set(GROUNDING["internvl"].controls) <= set(control_tokens(config))
+    process = Processor(config, tokenizer)
+    boxes = {
+        "image": "a.png",
+        "boxes": [[14, 7, 28, 28]],
+        "image_size": [56, 28],
+        "conversations": [
+            {"from": "human", "value": "<image>Where? "},
+            {"from": "gpt", "value": " At <box>."},
+        ],
+    }
+    sample = process(annotation.to_record(boxes, tmp_path, id="b"))
+    said = tokenizer.decode(sample.tokens[~sample.visual], skip_special=False)
+    answer = "At <box>[[250, 250, 500, 1000]]</box>.<|im_end|>"
+    assert said == f"[user]\nWhere?<|im_end|>[assistant]{answer}"
+    assert tokenizer.decode(sample.labels[sample.labels >= 0], skip_special=False) == answer
+    assert tokenizer.id("<box>") in sample.labels
+    document = {"texts": ["One.", None, "Two."], "images": [None, "a.png", None]}
+    sample = process(annotation.to_record(document, tmp_path, id="d"))
+    trained = tokenizer.decode(sample.labels[sample.labels >= 0], skip_special=False)
+    assert trained == "One.\nTwo.<|im_end|>" and sample.visual.sum() == 8

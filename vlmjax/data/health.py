@@ -85,7 +85,7 @@ class Ledger:
             file.write(json.dumps(entry) + "\n")
 
     def extend(self, found):
-        """Lists what `record` takes of each of several, and raises if a source exceeds its quota."""
+        """Lists several, as `record` takes them; raises if a source exceeds its quota."""
         for bad in found:
             self.record(*bad)
         if found:

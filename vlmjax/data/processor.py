@@ -19,6 +19,8 @@ import numpy as np
 from vlmjax.batch import Form
 from vlmjax.data import chat, diffp
 from vlmjax.data.arrange import control_of
+from vlmjax.data.derive import OWN, choose_template
+from vlmjax.data.grounding import GROUNDING
 from vlmjax.data.health import BadRecord
 from vlmjax.data.media import Medium, gather
 from vlmjax.data.picture import Blank, PictureConfig, Show, place
@@ -49,7 +51,9 @@ class ProcessorConfig:
       resize: "videollama3" or "transformers".
       max_stream_frames: most frames of a stream.
       max_length: most tokens of a sample.
-      template: of conversations, a key of `templates.TEMPLATES`.
+      template: of conversations, a key of `templates.TEMPLATES`, or "tokenizer" for what the
+        chat template of the tokenizer renders.
+      grounding: how boxes and spans of time are written, a key of `grounding.GROUNDING`.
       picture: settings of a `picture.PictureConfig` for models that do not see pictures in native
         size; merge sizes, budgets of visual tokens, resizing and DiffFP above do not count then.
     """
@@ -72,11 +76,12 @@ class ProcessorConfig:
     max_stream_frames: int = 400
     max_length: int = 32768
     template: str = "videollama3"
+    grounding: str = "videollama3"
     picture: dict | None = None
 
     def __post_init__(self):
         choices = ("resize", RULES), ("frame_sampling", SAMPLERS), ("prune", PRUNE)
-        choices += (("template", TEMPLATES),)
+        choices += ("template", (*TEMPLATES, OWN)), ("grounding", GROUNDING)
         for name, known in choices:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: use one of {sorted(known)}")
@@ -98,13 +103,15 @@ class ProcessorConfig:
 
 def control_tokens(config: ProcessorConfig) -> tuple[str, ...]:
     """Returns the control tokens that samples may hold and answers may end with."""
-    template = TEMPLATES[config.template]
+    template = TEMPLATES.get(config.template)  # the tokenizer knows those of its own
+    spoken = (*template.controls, *template.stops) if template else ()
     formats = []
     if config.picture is not None:
         formats = [dict(config.picture.get(k, ())) for k in ("format", "frame_format")]
     shown = [token for form in formats for token in control_of(form)]
     placeholders = (config.image_token, config.video_token)
-    return tuple(dict.fromkeys((*template.controls, *template.stops, *placeholders, *shown)))
+    marks = GROUNDING[config.grounding].controls
+    return tuple(dict.fromkeys((*spoken, *placeholders, *shown, *marks)))
 
 
 class Processor:
@@ -113,7 +120,7 @@ class Processor:
     def __init__(self, config: ProcessorConfig, tokenizer: Tokenizer, form: Form | None = None):
         """Makes it; `form`, that of the model, is needed where the config has `picture`."""
         self.config, self.tokenizer, self.form = config, tokenizer, form
-        self.template = TEMPLATES[config.template]
+        self.template = choose_template(config, tokenizer)
         for token in self.template.controls:
             if not token.startswith("<|stream"):
                 tokenizer.id(token)
@@ -204,6 +211,7 @@ class Processor:
             seed=seed,
             generation=generation,
             template=self.template,
+            grounding=GROUNDING[self.config.grounding],
         )
 
     def _check_length(self, name, encoded):

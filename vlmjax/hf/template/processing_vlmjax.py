@@ -12,6 +12,7 @@ from transformers import BatchFeature, ProcessorMixin
 from .vlmjax_batch import Budget, Form, TowerForm, UnitRule
 from .vlmjax_chat import render
 from .vlmjax_diffp import keep_masks  # noqa: F401
+from .vlmjax_grounding import GROUNDING
 from .vlmjax_pack import pack, size
 from .vlmjax_processor import Processor, ProcessorConfig
 from .vlmjax_tokenizer import Tokenizer
@@ -74,7 +75,8 @@ class VLMJaxProcessor(ProcessorMixin):
             return self(conversation, add_generation_prompt, return_tensors)
         host = self._host
         how = (host.config.image_token, host.config.video_token, add_generation_prompt)
-        texts = [render(_ours(c), *how, host.template) for c in _several(conversation)]
+        how += (host.template, GROUNDING[host.config.grounding])
+        texts = [render(_ours(c), *how) for c in _several(conversation)]
         return texts[0] if isinstance(conversation[0], dict) else texts
 
     def sample(self, messages, add_generation_prompt=True):
