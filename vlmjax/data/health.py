@@ -65,6 +65,7 @@ class Ledger:
         folder.mkdir(parents=True, exist_ok=True)
         self.file = folder / f"data_errors{f'.{process}' if process else ''}.jsonl"
         self.sizes, self.quota = dict(sizes), quota
+        self.repairs = collections.Counter()
         self.reasons = {}  # source -> {id: reason}
         for file in sorted({self.file, *folder.glob("data_errors*.jsonl")}):
             for entry in _entries(file):
@@ -84,8 +85,14 @@ class Ledger:
         with open(self.file, "a") as file:
             file.write(json.dumps(entry) + "\n")
 
-    def extend(self, found):
-        """Lists several, as `record` takes them; raises if a source exceeds its quota."""
+    def extend(self, found, repairs):
+        """Lists several, as `record` takes them; raises if a source exceeds its quota.
+
+        Args:
+          found: unusable records.
+          repairs: {what was changed in usable ones: how often}, added up since the run was started.
+        """
+        self.repairs.update(repairs)
         for bad in found:
             self.record(*bad)
         if found:
@@ -96,8 +103,8 @@ class Ledger:
         return dict(sorted(collections.Counter(self.reasons.get(source, {}).values()).items()))
 
     def metrics(self):
-        """Returns {"bad/SOURCE/REASON": number of records}."""
-        return {
+        """Returns {"bad/SOURCE/REASON": number of records, "repaired/WHAT": how often}."""
+        return {f"repaired/{what}": number for what, number in sorted(self.repairs.items())} | {
             f"bad/{source}/{reason}": number
             for source in sorted(self.reasons)
             for reason, number in self.counts(source).items()

@@ -12,7 +12,7 @@ Nothing is cut or skipped: a record that does not fit its budgets is a ValueErro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -51,6 +51,8 @@ class ProcessorConfig:
       resize: "videollama3" or "transformers".
       max_stream_frames: most frames of a stream.
       max_length: most tokens of a sample.
+      overlong: what becomes of a conversation that has more: "error", it cannot be used; or
+        "cut_at_turns", its last rounds are left out, as many as it takes, and counted.
       template: of conversations, a key of `templates.TEMPLATES`, or "tokenizer" for what the
         chat template of the tokenizer renders.
       grounding: how boxes and spans of time are written, a key of `grounding.GROUNDING`.
@@ -75,12 +77,14 @@ class ProcessorConfig:
     resize: str = "videollama3"
     max_stream_frames: int = 400
     max_length: int = 32768
+    overlong: str = "error"
     template: str = "videollama3"
     grounding: str = "videollama3"
     picture: dict | None = None
 
     def __post_init__(self):
         choices = ("resize", RULES), ("frame_sampling", SAMPLERS), ("prune", PRUNE)
+        choices += (("overlong", ("error", "cut_at_turns")),)
         choices += ("template", (*TEMPLATES, OWN)), ("grounding", GROUNDING)
         for name, known in choices:
             if getattr(self, name) not in known:
@@ -149,7 +153,25 @@ class Processor:
                 raise BadRecord(
                     "malformed", f"the record has keys {sorted(record)}, {key!r} is missing: add it"
                 )
-        return self._sample(record["messages"], str(record["id"]), pixels=pixels)
+        name, messages = str(record["id"]), record["messages"]
+        repairs = dict(record.get("repairs", {}))
+        if dropped := record.get("dropped_messages", 0):
+            repairs["dropped_messages"] = dropped
+        if self.config.overlong == "cut_at_turns":
+            chat.check_messages(messages)
+            messages, cut = chat.cut_at_turns(messages, lambda some: self._fits(some, name))
+            repairs |= {"cut_messages": cut} if cut else {}
+        return replace(self._sample(messages, name, pixels=pixels), repairs=repairs)
+
+    def _fits(self, messages, name):
+        """Whether a conversation is within the limits, its videos unpruned."""
+        try:
+            self._sample(messages, name, pixels="blank")
+        except BadRecord as error:
+            if error.reason != "too_long":
+                raise
+            return False
+        return True
 
     def prompt(self, messages: Sequence[dict]) -> Sample:
         """Returns the sample of messages that an answer is to follow; nothing is trained."""

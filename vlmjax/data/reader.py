@@ -1,5 +1,6 @@
 """From the numbers of records to samples and packed rows, with those that cannot be used named."""
 
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -63,6 +64,7 @@ class Packed(NamedTuple):
     stats: Stats
     ids: tuple
     bad: tuple
+    repairs: dict
     mark: Mark  # from which the plan finds its step
 
 
@@ -97,7 +99,20 @@ class PlannedRows:
                 where = self.reader.names[source], self.reader.id(source, record)
                 bad.append(Bad(*where, error.reason, str(error)))
         batch, stats = pack_rows([samples], budget, self.form, self.normalisation)
-        return Packed(bucket, batch, stats, tuple(s.id for s in samples), tuple(bad), mark)
+        return Packed(
+            bucket,
+            batch,
+            stats,
+            tuple(s.id for s in samples),
+            tuple(bad),
+            repairs_of(samples),
+            mark,
+        )
+
+
+def repairs_of(samples):
+    """Returns {what was repaired: how often} of samples."""
+    return dict(sum((Counter(s.repairs) for s in samples), Counter()))
 
 
 def join_rows(packed):

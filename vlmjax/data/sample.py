@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -135,6 +135,7 @@ class Sample:
       visual: bool[n]; True where a visual token or a special vector takes the slot.
       placement: None = the k-th visual slot is filled by the k-th kept visual token of the items
         in order, a window of patches each.
+      repairs: {what was changed to make it usable, or left out: how often}.
     """
 
     id: str
@@ -143,6 +144,7 @@ class Sample:
     items: tuple[Item, ...]
     visual: np.ndarray
     placement: Placement | None = None
+    repairs: dict = field(default_factory=dict)
 
     def placed(self):
         """Returns its `Placement`."""

@@ -14,7 +14,7 @@ from vlmjax.batch import Batch
 from vlmjax.data.health import BadRecord
 from vlmjax.data.loading import load
 from vlmjax.data.pack import Stats, check_fits, first_fit, fits, pack
-from vlmjax.data.reader import Bad, PlannedRows, join_rows
+from vlmjax.data.reader import Bad, PlannedRows, join_rows, repairs_of
 from vlmjax.data.sample import Sample
 
 
@@ -37,7 +37,8 @@ class PackedBatch:
     """A `Batch`, its bucket, the record ids in it, its counts, and where the data stand after it.
 
     `position` is a `Position`, or the `Mark` of a plan. `bad` are the records that were to be in it
-    and cannot be used. All of a planned batch is of this host's rows only.
+    and cannot be used, `repairs` counts what was changed in those that are. All of a planned batch
+    is of this host's rows only.
     """
 
     batch: Batch
@@ -46,6 +47,7 @@ class PackedBatch:
     stats: Stats
     position: tuple
     bad: tuple = ()
+    repairs: dict = dataclasses.field(default_factory=dict)
 
 
 class Waiting(NamedTuple):
@@ -164,7 +166,8 @@ def packed_batches(
         ids = tuple(s.id for row in chosen for s in row)
         pooled = tuple((w.draw, w.source, w.rank) for w in waiting)
         position = Position(following, pooled, tuple(skipped))
-        yield PackedBatch(batch, bucket, ids, stats, position, tuple(bad))
+        repairs = repairs_of(s for row in chosen for s in row)
+        yield PackedBatch(batch, bucket, ids, stats, position, tuple(bad), repairs)
         bad.clear()
 
 
@@ -192,6 +195,8 @@ def planned_batches(plan, reader, budgets, local, *, form, normalisation, start=
                 return
             ids, bad = (sum((getattr(p, name) for p in parts), ()) for name in ("ids", "bad"))
             batch, stats = join_rows(parts)
-            yield PackedBatch(batch, parts[0].bucket, ids, stats, parts[0].mark, bad)
+            yield PackedBatch(
+                batch, parts[0].bucket, ids, stats, parts[0].mark, bad, repairs_of(parts)
+            )
     finally:
         packed.close()

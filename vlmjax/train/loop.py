@@ -197,7 +197,7 @@ def train(config, workdir, tensorboard=False, profile=None):
                 before = time.monotonic()
                 packed = next(feed.batches)
                 waited += time.monotonic() - before
-                feed.ledger.extend(packed.bad)
+                feed.ledger.extend(packed.bad, packed.repairs)
                 batch = feed.place(mesh, packed.batch, run.train.rows)
                 state, values = train_steps[packed.bucket](state, batch)
 
