@@ -139,7 +139,6 @@ def test_content_decides_not_the_extension(make_video, tmp_path):
 @pytest.mark.parametrize(
     "content,what",
     [
-        (b"", "empty"),
         (b"<html>not found</html>", "text, e.g. a web page"),
         (b"\x89PNG\r\n\x1a\n" + bytes(99), "a PNG image"),
         (b"version https://git-lfs.github.com/spec/v1", "git-lfs pointer"),
