@@ -7,6 +7,7 @@ Features, all but the turns optional:
     video                    Text with a path, or with the bytes of a video file (they hold a NUL)
     conversations, messages  Sequence({"from": Text, "value": Text}) or of role and content, or Text
                              with JSON
+    stream, conversation     of streams: Scalar bool, Text with JSON
 Pictures stay encoded.
 """
 
@@ -19,6 +20,8 @@ import tensorflow_datasets as tfds
 from vlmjax.data import rows
 from vlmjax.data.health import BadRecord
 from vlmjax.data.shards import digest
+
+_TURNS = ("conversations", "conversation", "messages")
 
 
 class _Encoded(tfds.decode.SkipDecoding):
@@ -78,7 +81,7 @@ class TfdsSource:
             raise BadRecord("damaged_media", f"{name} cannot be read: {error}") from error
         try:
             row = {key: _plain(value) for key, value in example.items()}
-            for key in ("conversations", "messages"):
+            for key in _TURNS:
                 if isinstance(row.get(key), str):
                     row[key] = json.loads(row[key])
         except (ValueError, RecursionError) as error:
