@@ -1,4 +1,4 @@
-"""A picture of samples: views as the model sees them, pruned patches dimmed, and the chat as tokens.
+"""A picture of samples: views as the model sees them, pruned patches dimmed, and their chats.
 
 What is trained is green, a run of visual tokens is a blue label with their number, everything else
 is black. Long chats are cut in the middle.

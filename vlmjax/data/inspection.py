@@ -23,7 +23,7 @@ class Seen:
 
     @property
     def sizes(self):
-        """Tokens, trained tokens, patches that are encoded, visual tokens: kept and in all."""
+        """Numbers of its tokens, trained tokens, encoded patches and visual tokens, as a dict."""
         sample = self.sample
         return {
             "tokens": len(sample.tokens),
@@ -111,8 +111,9 @@ def report(surveys):
         if s.ignored:
             lines.append(f"  files left out: {s.ignored}")
         lines += [f"  unusable: {name}: {reason}: {text}" for name, reason, text in s.bad]
-    for kind, values in _columns([seen for s in surveys for seen in s.seen]).items():
-        lines += ["", f"{kind} a record", *_histogram(values)]
+    everything = _columns([seen for s in surveys for seen in s.seen])
+    for kind in ("tokens", "patches") if everything else ():
+        lines += ["", f"{kind} a record", *_histogram(everything[kind])]
     return "\n".join(lines)
 
 
@@ -123,9 +124,15 @@ def _columns(seen):
 
 
 def _histogram(values):
-    counts, edges = np.histogram(values, min(_BINS, int(np.ptp(values)) + 1))
-    wide = len(f"{edges[-1]:.0f}")
-    return [
-        f"  {low:>{wide}.0f} to {high:>{wide}.0f}  {'#' * round(_BAR * n / counts.max()):<{_BAR}} {n}"
-        for n, low, high in zip(counts, edges[:-1], edges[1:], strict=True)
-    ]
+    """Returns the lines of a histogram with bins of whole numbers."""
+    low, high = int(values.min()), int(values.max())
+    step = -(-(high - low + 1) // _BINS)
+    counts = np.bincount((values - low) // step)
+    wide = len(str(high))
+    lines = []
+    for k, number in enumerate(counts):
+        first = low + k * step
+        bar = "#" * round(_BAR * number / counts.max())
+        label = f"{first:>{wide}} to {first + step - 1:>{wide}}" if step > 1 else f"{first:>{wide}}"
+        lines.append(f"  {label}  {bar:<{_BAR}} {number}")
+    return lines
