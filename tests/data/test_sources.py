@@ -158,6 +158,38 @@ def test_parts_of_messages_in_tables(specs, media, tmp_path):
     assert (content[0]["image"], content[2]["image"]) == (red, blue)
 
 
+def test_media_inside_of_messages_in_tables(specs, media, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    red = files.picture("red", "PNG")
+    parts = [
+        {"type": "image", "image": {"bytes": red, "path": None}, "text": None},
+        {"type": "text", "image": None, "text": "and"},
+        {"type": "image", "image": {"bytes": None, "path": "in/b.jpg"}, "text": None},
+    ]
+    said = [{"type": "text", "image": None, "text": "a"}]
+    rows = [{"messages": [_turn("user", parts), _turn("assistant", said)]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    content = open_source(f"parquet:{tmp_path}/a.parquet", media, 0)[0]["messages"][0]["content"]
+    assert content[0]["image"] == red and content[2]["image"] == (media / "in/b.jpg").resolve()
+
+
+def _turn(role, content):
+    return {"role": role, "content": content}
+
+
+def test_boxes_and_documents_survive_packing(media, tmp_path):
+    ground = {"image": "in/a.png", "image_size": [40, 30], "boxes": [[1, 2, 30, 20]]}
+    ground["conversations"] = files.turns("<image>", "at <box>")
+    document = {"texts": ["x", None, "y"], "images": [None, "in/b.jpg", None]}
+    source = open_source(files.write_jsonl(tmp_path / "a.jsonl", [ground, document]), media, 0)
+    assert convert.pack(source, tmp_path / "a.array_record") == (2, {})
+    packed = open_source(f"array_record:{tmp_path}/a.array_record", media, 0)
+    for i in range(2):
+        assert plain(packed[i]) == plain(source[i])
+
+
 def test_tfds_and_array_record_without_tensorflow(specs, media):
     code = f"""
 import sys

@@ -61,6 +61,14 @@ def test_numbered_media_come_in_order_of_their_numbers(tmp_path):
     assert caught.value.reason == "malformed"
 
 
+def test_a_document_names_its_members_in_place(tmp_path):
+    row = {"images": [None, "k.1.png", None, "k.2.png"], "texts": ["a", None, "b", None]}
+    blue = files.picture("blue", "PNG")
+    members = [("k.1.png", RED), ("k.2.png", blue), ("k.json", json.dumps(row).encode())]
+    (message,) = shard(tmp_path, *members)[0]["messages"]
+    assert [p.get("image", p.get("text")) for p in message["content"]] == ["a", RED, "b", blue]
+
+
 LINK = {"type": tarfile.SYMTYPE, "linkname": "../../etc/passwd"}
 
 
@@ -99,6 +107,7 @@ def test_members_that_lead_elsewhere(tmp_path, name, fields):
         ([("k.png", RED), ("k.txt", b"a"), ("k.json", SAID)], "malformed"),
         ([("k.png", RED), ("k.json", b"{")], "malformed"),
         ([("k.png", RED[:-60]), ("k.json", SAID)], "damaged_media"),
+        ([("k.json", b'{"image": "a.png", ' + SAID[1:])], "missing_file"),
     ],
 )
 def test_unusable_records(tmp_path, members, reason, make_processor):

@@ -16,6 +16,7 @@ from vlmjax.data.image import check_path
 from vlmjax.data.rows import check_size
 from vlmjax.data.video import Video, VideoFrame
 
+MEDIA = ("image", "video")
 _LENGTH = 4
 
 
@@ -95,7 +96,7 @@ def _changed(message, medium):
     if isinstance(message["content"], str):
         return message
     parts = [
-        part if part["type"] == "text" else {**part, part["type"]: medium(part[part["type"]])}
+        {**part, part["type"]: medium(part[part["type"]])} if part["type"] in MEDIA else part
         for part in message["content"]
     ]
     return {**message, "content": parts}

@@ -1,11 +1,9 @@
 """Rows of files, tables, tars and TFDS -> annotations -> records.
 
-A row is an annotation (`data.annotation`) that may also have
-- media in columns `image`, `images`, `video`, `videos`: a path inside the media root, the bytes of
-  an encoded file, {"bytes": ..., "path": ...}, or a list of these; None and [] are no media;
-- `messages` [{"role", "content": text or parts}] for `conversations`; a part is text, or an image
-  or video of its own, or one without content for the next of the columns;
-- turns as {"from": [...], "value": [...]}.
+A row is an annotation (`data.annotation`) as tables write them:
+- a medium is a path inside the media root, the bytes of an encoded file, or {"bytes", "path"};
+- what has no value is None;
+- turns may be {"from": [...], "value": [...]}.
 """
 
 import json
@@ -15,7 +13,7 @@ from vlmjax.data.health import BadRecord
 
 MAX_BYTES = 1 << 31  # of one encoded file that is kept in memory
 MAX_TEXT = 1 << 26  # of one annotation
-_COLUMNS = {"image": "image", "images": "image", "video": "video", "videos": "video"}
+_TURNS = ("conversations", "conversation", "messages")
 
 
 def parse(text, where):
@@ -43,7 +41,7 @@ def to_record(row, media_root, id):
         return annotation.to_record(_annotation(row), media_root, id=id)
     except BadRecord:
         raise
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise BadRecord("malformed", f"{id}: {error}") from error
 
 
@@ -56,21 +54,19 @@ def check_size(size, what, most=MAX_BYTES):
 
 
 def _annotation(row):
-    row = {key: value for key, value in row.items() if value is not None}
-    row |= {column: _media(row[column]) for column in _COLUMNS if column in row}
-    messages = row.pop("messages", None)
-    if messages is None and "conversations" not in row:
-        return row
-    if messages is not None and "conversations" in row:
-        raise BadRecord("malformed", "a row has messages and conversations: keep one of them")
-    media = {"image": [], "video": []}
-    for column, kind in _COLUMNS.items():
-        found = row.pop(column, [])
-        media[kind] += [found] if isinstance(found, str) else found
-    if messages is not None:
-        row["conversations"] = _turns(_listed(messages), media)
-    row["conversations"] = _listed(row["conversations"])
-    return row | {kind: files for kind, files in media.items() if files}
+    row = _plain(row)
+    return row | {key: _listed(row[key]) for key in _TURNS if key in row}
+
+
+def _plain(value):
+    """Returns a value without keys that are None, and with media as bytes or path."""
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"bytes", "path"}:
+        return value["path"] if value["bytes"] is None else value["bytes"]
+    return {key: _plain(inner) for key, inner in value.items() if inner is not None}
 
 
 def _listed(turns):
@@ -78,43 +74,3 @@ def _listed(turns):
     if not isinstance(turns, dict):
         return turns
     return [dict(zip(turns, turn, strict=True)) for turn in zip(*turns.values(), strict=True)]
-
-
-def _media(value):
-    """Returns the media of a column: a path as it is, or a list of paths and bytes."""
-    if isinstance(value, str):
-        return value
-    return [_medium(item) for item in ([value] if isinstance(value, (bytes, dict)) else value)]
-
-
-def _medium(item):
-    if isinstance(item, dict):
-        return item["path"] if item.get("bytes") is None else item["bytes"]
-    return item
-
-
-def _turns(messages, media):
-    """Returns messages as turns of `conversations`; moves media in their parts to `media`."""
-    own, bare, turns = {"image": [], "video": []}, 0, []
-    for message in messages:
-        content = message["content"]
-        if not isinstance(content, str):
-            pieces = []
-            for part in content:
-                kind = part["type"]
-                if kind == "text":
-                    pieces.append(part["text"])
-                    continue
-                found = _medium(part.get(kind))
-                own[kind] += [] if found is None else [found]
-                bare += found is None
-                pieces.append(f"<{kind}>")
-            content = "".join(pieces)
-        turns.append({"from": message["role"], "value": content})
-    if any(own.values()):
-        if bare or any(media.values()):
-            raise BadRecord(
-                "malformed", "media are in the messages and in columns: keep them in one place"
-            )
-        media.update(own)
-    return turns

@@ -1,6 +1,6 @@
 """Webdataset shards: plain tar files whose members with one key are a record.
 
-    000007.jpg 000007.json    conversations in 000007.json, a row of `data.rows` without media
+    000007.jpg 000007.json    an annotation; what it names as its media are the members
     000008.jpg 000008.txt     a caption, which is the answer to the picture alone
     000009.0.jpg 000009.1.jpg 000009.json    two pictures, in order of their names
 
@@ -88,8 +88,7 @@ class TarSource:
         text = self._read(file, *texts[0], name, rows.MAX_TEXT)
         row = rows.parse(text, name) if found["json"] else _captioned(text, media, name)
         for kind, blobs in media.items():
-            _check_order(row.pop(kind, None), row.pop(f"{kind}s", None), name)
-            row[kind] = blobs
+            row |= _filled(row, kind, blobs, name)
         return rows.to_record(row, self.media_root, id=name)
 
     def _read(self, file, start, stop, name, most=rows.MAX_BYTES):
@@ -100,15 +99,25 @@ class TarSource:
         return data
 
 
-def _check_order(one, several, name):
-    """Raises BadRecord if an annotation names its media in another order than we give them."""
-    for names in (one, several):
-        if isinstance(names, list) and all(isinstance(n, str) for n in names):
-            ordered = sorted(names, key=lambda n: _natural(posixpath.basename(n)))
-            if ordered != names:
-                raise BadRecord(
-                    "malformed", f"{name} names its media in another order than that of their names"
-                )
+def _filled(row, kind, blobs, name):
+    """Returns the columns of a kind with the members of the record, in place of what it names."""
+    names = row.get(kind) if row.get(kind) is not None else row.get(f"{kind}s")
+    listed = names if isinstance(names, list) else [names]
+    given = [n for n in listed if n is not None]
+    if not given:
+        return {kind: blobs, f"{kind}s": None}
+    if len(given) != len(blobs):
+        raise BadRecord(
+            "missing_file" if len(given) > len(blobs) else "placeholders",
+            f"{name} names {len(given)} {kind} files and has {len(blobs)} members: pack them all",
+        )
+    ordered = sorted(given, key=lambda n: _natural(posixpath.basename(str(n))))
+    if ordered != given:
+        raise BadRecord(
+            "malformed", f"{name} names its media in another order than that of their names"
+        )
+    left = iter(blobs)
+    return {kind: None, f"{kind}s": [n if n is None else next(left) for n in listed]}
 
 
 def _captioned(text, media, name):
