@@ -39,10 +39,9 @@ def to_record(row, media_root, id):
     """
     try:
         return annotation.to_record(_annotation(row), media_root, id=id)
-    except BadRecord:
-        raise
     except (ValueError, TypeError, RecursionError) as error:
-        raise BadRecord("malformed", f"{id}: {error}") from error
+        reason = error.reason if isinstance(error, BadRecord) else "malformed"
+        raise BadRecord(reason, f"{id}: {error}") from error
 
 
 def check_size(size, what, most=MAX_BYTES):
