@@ -63,8 +63,8 @@ def _plain(value):
         return [_plain(inner) for inner in value]
     if not isinstance(value, dict):
         return value
-    if value.keys() == {"bytes", "path"}:
-        return value["path"] if value["bytes"] is None else value["bytes"]
+    if "bytes" in value and value.keys() <= {"bytes", "path"}:
+        return value.get("path") if value["bytes"] is None else value["bytes"]
     return {key: _plain(inner) for key, inner in value.items() if inner is not None}
 
 
