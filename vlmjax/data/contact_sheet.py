@@ -12,7 +12,8 @@ from vlmjax.data.inspection import MODALITIES
 from vlmjax.data.sheet import FAINT, FONT, GAP, INK, LINE, PAPER, font, pixels
 
 _WIDTH, _MARGIN, _COLUMNS = 1280, 16, 2
-_TALL = 150  # of a picture, at most
+_TALL, _SMALL = 150, 72  # pixels of a view's height at most; where there are more than a few
+_FEW = 4
 _VIEWS = 24  # of a sample that are shown
 _HEAD, _TAIL = 12, 8  # lines of a chat that is cut
 _SHOWN = 4  # samples of a source
@@ -60,7 +61,8 @@ def _cell(seen, tokenizer):
     """Returns one sample: a heading, its views and its chat."""
     width = (_WIDTH - 2 * _MARGIN) // _COLUMNS - _MARGIN
     views = [item for item in seen.sample.items if item.encoder == 0]
-    images, under = _flow([_fit(pixels(item), width) for item in views[:_VIEWS]], width)
+    tall = _TALL if len(views) <= _FEW else _SMALL
+    images, under = _flow([_fit(pixels(item), width, tall) for item in views[:_VIEWS]], width)
     lines = _lines(_runs(seen.sample, tokenizer), width)
     sizes = ", ".join(f"{number} {name}" for name, number in seen.sizes.items())
     if seen.modality in ("video", "stream"):
@@ -91,10 +93,10 @@ def _label(pen, x, y, text, ink, paper):
     return end
 
 
-def _fit(array, width):
-    """Returns a PIL image at most `_TALL` high and `width` wide; small ones have square pixels."""
+def _fit(array, width, tall):
+    """Returns a PIL image at most so wide and tall; small ones have square pixels."""
     height, wide = array.shape[:2]
-    scale = min(_TALL / height, width / wide)
+    scale = min(tall / height, width / wide)
     if scale >= 2:
         size = wide * int(scale), height * int(scale)
         return Image.fromarray(array).resize(size, Image.Resampling.NEAREST)

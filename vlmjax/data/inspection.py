@@ -110,7 +110,10 @@ def report(surveys):
             lines.append(f"  DiffFP takes away {np.mean(moving):.0%} of the tokens of videos")
         if s.ignored:
             lines.append(f"  files left out: {s.ignored}")
-        lines += [f"  unusable: {name}: {reason}: {text}" for name, reason, text in s.bad]
+        lines += [
+            f"  {reason}: {text if name in text else f'{name}: {text}'}"
+            for name, reason, text in s.bad
+        ]
     everything = _columns([seen for s in surveys for seen in s.seen])
     for kind in ("tokens", "patches") if everything else ():
         lines += ["", f"{kind} a record", *_histogram(everything[kind])]

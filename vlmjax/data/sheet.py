@@ -1,12 +1,19 @@
-"""Drawing what a model is shown: views as their encoder sees them, beside words."""
+"""Drawing what a model is shown: views as their encoder sees them, beside words.
 
+The font is DejaVu Sans, which matplotlib brings: it has the letters of most scripts, but no Chinese,
+Japanese or Korean, which come out as boxes.
+"""
+
+import functools
 import math
+from pathlib import Path
 
+import matplotlib
 import numpy as np
 from PIL import Image, ImageFont
 
 PAPER, INK, FAINT = "white", "black", "#606060"
-FONT, LINE, GAP = 14, 18, 4
+FONT, LINE, GAP = 13, 18, 4
 HEIGHT = 96  # of a picture, at least
 
 
@@ -44,5 +51,7 @@ def wrap(text, width):
     return lines
 
 
+@functools.cache
 def font(size):
-    return ImageFont.load_default(size)
+    file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    return ImageFont.truetype(str(file), size)
