@@ -1,7 +1,7 @@
 """Drawing what a model is shown: views as their encoder sees them, beside words.
 
-The font is DejaVu Sans, which matplotlib brings: it has the letters of most scripts, but no Chinese,
-Japanese or Korean, which come out as boxes.
+The font is DejaVu Sans, which matplotlib brings: letters of most scripts, but no Chinese, Japanese
+or Korean ones, which come out as boxes.
 """
 
 import functools
