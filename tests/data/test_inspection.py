@@ -111,7 +111,8 @@ def test_commands(tmp_path, make_video):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "2 records, 2 looked at" in done.stdout and "1 image, 1 several images" in done.stdout
-    assert Image.open(tmp_path / "out/contact_sheet.png").width == 1280
+    with Image.open(tmp_path / "out/contact_sheet.png") as page:
+        assert page.width == 1280
     assert "data needs" not in done.stderr
     done = run("pack", f"--source={spec}")
     assert done.returncode != 0 and "data pack needs --output" in done.stderr + done.stdout
