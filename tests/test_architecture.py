@@ -142,10 +142,8 @@ def test_every_package_imported_is_declared():
         *(x for name in extras if name != "test" for x in extras[name]),
     ]
     distributions = {x.split(">")[0].split("<")[0].split("=")[0].strip() for x in declared}
-    known = {
-        {"absl-py": "absl", "orbax-checkpoint": "orbax", "pillow": "PIL"}.get(d, d)
-        for d in distributions
-    }
+    renamed = {"absl-py": "absl", "orbax-checkpoint": "orbax", "pillow": "PIL"}
+    known = {renamed.get(d, d).replace("-", "_") for d in distributions}
     known |= {"tokenizers"}  # comes with transformers
     for name, found in EDGES.items():
         outside = {x for x in found if not x.startswith(("vlmjax", "configs"))} - set(

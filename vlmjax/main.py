@@ -6,6 +6,8 @@ aot       --config --topology [--json]            plans memory and time on a TPU
 eval      --config --workdir --output             scores a run on held-out data and writes a report
 export    --workdir --output [--config --format]  writes a Hugging Face directory
 generate  --model --prompt [--image] [--video]    answers a question
+data pack     --source --output [--media_root]    writes a source as one ArrayRecord file
+data inspect  --config [--source] [--output]      says what is in a config's data; contact sheet
 """
 
 import json
@@ -15,11 +17,14 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from vlmjax.aot import cli as aot_cli
+from vlmjax.data import cli as data_cli
 from vlmjax.generate import cli
 
 config_flags.DEFINE_config_file("config", None, "configs/NAME.py[:key=value,...]", lock_config=True)
 flags.DEFINE_string("workdir", None, "folder of the run")
-flags.DEFINE_string("output", None, "folder that eval or export writes")
+flags.DEFINE_string(
+    "output", None, "folder that eval, export or data inspect writes, file of data pack"
+)
 flags.DEFINE_string("export", None, "Hugging Face folder named in eval's report; default OUTPUT/hf")
 flags.DEFINE_enum(
     "format",
@@ -37,6 +42,8 @@ for kind, name, default, text in cli.FLAGS:
     getattr(flags, f"DEFINE_{kind}")(name, default, f"generate: {text}")
 for kind, name, default, text in aot_cli.FLAGS:
     getattr(flags, f"DEFINE_{kind}")(name, default, f"aot: {text}")
+for kind, name, default, text in data_cli.FLAGS:
+    getattr(flags, f"DEFINE_{kind}")(name, default, f"data: {text}")
 FLAGS = flags.FLAGS
 
 
@@ -92,7 +99,26 @@ def generate():
     print(cli.run(**{name: FLAGS[name].value for _, name, _, _ in cli.FLAGS}))
 
 
-# Name -> (function, flags it needs).
+def data_pack():
+    """Writes --source as one ArrayRecord file, --output, media included."""
+    print(data_cli.pack(FLAGS.source, FLAGS.media_root, FLAGS.output))
+
+
+def data_inspect():
+    """Prints what is in the sources of a config, or in --source, as its processor sees them."""
+    from vlmjax import build
+    from vlmjax.data.processor import Processor
+    from vlmjax.data.sources import open_source
+
+    run = build.resolve(FLAGS.config)
+    root = FLAGS.media_root or run.data.media_root
+    specs = [FLAGS.source] if FLAGS.source else [spec for spec, _ in run.data.sources]
+    sources = {spec: open_source(spec, root, run.train.seed) for spec in specs}
+    processor = Processor(run.processor, build.make_tokenizer(run), run.model.form)
+    print(data_cli.inspect(sources, processor, FLAGS.samples, FLAGS.output))
+
+
+# Name, of one or two words -> (function, flags it needs).
 COMMANDS = {
     "train": (train, ("config", "workdir")),
     "inspect": (inspect, ("config",)),
@@ -100,16 +126,19 @@ COMMANDS = {
     "eval": (evaluate, ("config", "workdir", "output")),
     "export": (export, ("workdir", "output")),
     "generate": (generate, ("model",)),
+    "data pack": (data_pack, ("source", "output")),
+    "data inspect": (data_inspect, ("config",)),
 }
 
 
 def main(argv):
-    if len(argv) != 2 or argv[1] not in COMMANDS:
+    name = " ".join(argv[1:])
+    if name not in COMMANDS:
         raise app.UsageError(f"expected one command of {sorted(COMMANDS)}, got {argv[1:]}")
-    command, needed = COMMANDS[argv[1]]
+    command, needed = COMMANDS[name]
     missing = [f"--{name}" for name in needed if FLAGS[name].value is None]
     if missing:
-        raise app.UsageError(f"{argv[1]} needs {' '.join(missing)}")
+        raise app.UsageError(f"{name} needs {' '.join(missing)}")
     logging.set_verbosity(logging.WARNING)  # orbax tells every file it touches
     command()
 

@@ -76,7 +76,7 @@ def test_sixteen_bit_grey_keeps_its_range():
         (png_header(10000, 9000), f"too large|at most {MAX_PIXELS}"),
         (png_header(1, 100000), "1x100000, the aspect ratio may be at most 200"),
         (b"not an image", "not a readable image.*allowed formats are PNG"),
-        (b"", "not a readable image"),
+        (b"", "is empty"),
         (encoded(Image.fromarray(PIXELS), "ICO", sizes=[(14, 9)]), "not a readable image"),
         (encoded(Image.fromarray(PIXELS), "PNG")[:-60], "damaged or truncated"),
         (encoded(Image.fromarray(np.tile(PIXELS, (9, 9, 1))), "JPEG")[:900], "truncated"),

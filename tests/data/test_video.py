@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from numbered_frame import frame_number, numbered_frame
 
+from vlmjax.data.health import BadRecord
 from vlmjax.data.sampling import last_of_second, transformers
 from vlmjax.data.video import Limits, load_video, open_video, read_frames
 
@@ -139,7 +140,6 @@ def test_content_decides_not_the_extension(make_video, tmp_path):
 @pytest.mark.parametrize(
     "content,what",
     [
-        (b"", "empty"),
         (b"<html>not found</html>", "text, e.g. a web page"),
         (b"\x89PNG\r\n\x1a\n" + bytes(99), "a PNG image"),
         (b"version https://git-lfs.github.com/spec/v1", "git-lfs pointer"),
@@ -166,6 +166,40 @@ def test_damaged_files(make_video, tmp_path):
     path.write_bytes(mp4[: len(mp4) // 2])
     with pytest.raises(ValueError, match="cut.mp4.*an MP4 file, damaged or truncated"):
         open_video(path)
+
+
+@pytest.mark.parametrize("name", ["regular_clip.mp4", "regular_clip.mkv"])
+def test_bytes_of_a_file_are_the_file(make_video, name):
+    path = make_video(name, REGULAR)
+    frames, stamps = load_video(path)
+    again, same = load_video(path.read_bytes())
+    np.testing.assert_array_equal(again, frames)
+    assert same.tolist() == stamps.tolist()
+    assert "x00" not in repr(open_video(path.read_bytes()))
+
+
+def test_bytes_have_the_limits_of_files(make_video, tmp_path):
+    data = make_video("regular_clip.mkv", REGULAR).read_bytes()
+    with pytest.raises(BadRecord, match=r"video of \d+ bytes is 64x64") as caught:
+        open_video(data, limits=Limits(pixels=64 * 63))
+    assert caught.value.reason == "hostile_media"
+    with pytest.raises(BadRecord, match="took longer") as caught:
+        open_video(data, limits=Limits(deadline=0.0))
+    assert caught.value.reason == "hostile_media"
+    with pytest.raises(BadRecord, match="is empty") as caught:
+        open_video(b"")
+    assert caught.value.reason == "missing_file"
+
+
+def test_bytes_open_no_other_file(make_video):
+    """Playlists and references to files beside them are what bytes could reach out with."""
+    path = make_video("regular_clip.mp4", REGULAR)
+    playlists = [f"#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\nfile:{path}\n#EXT-X-ENDLIST\n"]
+    playlists += [f"ffconcat version 1.0\nfile {path}\n", f"file:{path}"]
+    for text in playlists:
+        with pytest.raises(BadRecord, match="cannot be read") as caught:
+            open_video(text.encode())
+        assert caught.value.reason == "damaged_media"
 
 
 def test_videos_without_pictures(tmp_path):

@@ -9,6 +9,7 @@ greyscale keeps its high byte, where `convert` would clip everything above 255 t
 from __future__ import annotations
 
 import io
+import stat
 import struct
 import warnings
 import zlib
@@ -17,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from vlmjax.data.health import BadRecord
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 89_000_000  # below Pillow's own warning limit of 89.5 million
@@ -29,33 +32,53 @@ _DECODE_ERRORS = (OSError, SyntaxError, EOFError, ValueError, struct.error, zlib
 
 
 def check_size(height: int, width: int, name: str, max_pixels: int = MAX_PIXELS) -> None:
-    """Raises ValueError if an image or frame of this size must not be decoded."""
+    """Raises BadRecord if an image or frame of this size must not be decoded."""
     if height < 1 or width < 1:
-        raise ValueError(
-            f"{name} is {width}x{height}, both sides must be at least 1: drop it or repair it"
+        raise BadRecord(
+            "damaged_media",
+            f"{name} is {width}x{height}, both sides must be at least 1: drop it or repair it",
         )
     if height * width > max_pixels:
-        raise ValueError(
+        raise BadRecord(
+            "hostile_media",
             f"{name} is {width}x{height} = {height * width} pixels, at most {max_pixels} are "
-            "decoded: shrink the file"
+            "decoded: shrink the file",
         )
     if max(height, width) > MAX_ASPECT * min(height, width):
-        raise ValueError(
+        raise BadRecord(
+            "hostile_media",
             f"{name} is {width}x{height}, the aspect ratio may be at most {MAX_ASPECT}: crop or "
-            "tile it"
+            "tile it",
         )
 
 
 def check_path(path: str | Path, kind: str) -> Path:
-    """Returns the path of an existing local file; URLs and missing files are ValueErrors."""
+    """Returns the path of a local file; URLs, missing and empty files are BadRecords."""
     if "://" in str(path):
-        raise ValueError(
-            f"{kind} {str(path)!r} is a URL, only local files are opened: download it first"
+        raise BadRecord(
+            "remote_media",
+            f"{kind} {str(path)!r} is a URL, only local files are opened: download it first",
         )
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{kind} {str(path)!r} is not a file: check the path and the data root")
+    try:
+        status = path.stat()
+    except (OSError, ValueError):  # ValueError: a NUL byte in the name
+        status = None
+    if status is None or not stat.S_ISREG(status.st_mode):
+        raise BadRecord(
+            "missing_file",
+            f"{kind} {str(path)!r} is not a file: check the path and the data root",
+        )
+    if not status.st_size:
+        raise BadRecord("missing_file", f"{kind} {str(path)!r} is empty: fetch it again")
     return path
+
+
+def check_bytes(data: bytes, kind: str) -> bytes:
+    """Returns the bytes of an encoded file; none at all are a BadRecord."""
+    if not data:
+        raise BadRecord("missing_file", f"{kind} of 0 bytes is empty: fetch it again")
+    return data
 
 
 def image_size(source) -> tuple[int, int]:
@@ -79,18 +102,20 @@ def load_image(source) -> Image.Image:
         try:
             image.load()
         except _DECODE_ERRORS as error:
-            raise ValueError(
+            raise BadRecord(
+                "damaged_media",
                 f"{name} cannot be decoded ({error}), whole files are needed: it is damaged or "
-                "truncated; fetch it again or drop the record"
+                "truncated; fetch it again or drop the record",
             ) from error
         return _to_rgb(image, name)
 
 
 def _check_array(array: np.ndarray) -> None:
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
-        raise ValueError(
+        raise BadRecord(
+            "malformed",
             f"image array is {array.dtype}{list(array.shape)}, uint8[h, w, 3] is needed: convert "
-            "it to 8-bit RGB"
+            "it to 8-bit RGB",
         )
     check_size(*array.shape[:2], "image array")
 
@@ -102,23 +127,30 @@ def _opened(source):
         yield source, "PIL image"
         return
     if not isinstance(source, (bytes, str, Path)):
-        raise ValueError(
+        raise BadRecord(
+            "malformed",
             f"image source is a {type(source).__name__}; give a path, bytes, a PIL image or an "
-            "array uint8[h, w, 3]"
+            "array uint8[h, w, 3]",
         )
     encoded = isinstance(source, bytes)
     name = f"image of {len(source)} bytes" if encoded else f"image {str(source)!r}"
-    with io.BytesIO(source) if encoded else open(check_path(source, "image"), "rb") as file:
+    if encoded:
+        check_bytes(source, "image")
+    else:
+        source = check_path(source, "image")
+    with io.BytesIO(source) if encoded else open(source, "rb") as file:
         try:
             image = Image.open(file, formats=FORMATS)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise ValueError(
-                f"{name} is too large ({error}), at most {MAX_PIXELS} pixels: shrink the file"
+            raise BadRecord(
+                "hostile_media",
+                f"{name} is too large ({error}), at most {MAX_PIXELS} pixels: shrink the file",
             ) from error
         except _DECODE_ERRORS as error:
-            raise ValueError(
+            raise BadRecord(
+                "damaged_media",
                 f"{name} is not a readable image ({error}); allowed formats are "
-                f"{', '.join(FORMATS)}: convert it"
+                f"{', '.join(FORMATS)}: convert it",
             ) from error
         yield image, name
 
@@ -130,8 +162,9 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        raise ValueError(
+        raise BadRecord(
+            "damaged_media",
             f"{name} has 32-bit pixels (mode {image.mode}) of unknown range: convert it to 8 or "
-            "16 bits"
+            "16 bits",
         )
     return image.convert("RGB")

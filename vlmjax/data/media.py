@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from vlmjax.data import image, video
+from vlmjax.data.health import BadRecord
 
 
 @dataclass
@@ -86,18 +87,20 @@ def gather(
             parts.append(part)
         found.append({**message, "content": parts})
     if stream is not None and len(media[stream].sources) > max_stream_frames:
-        raise ValueError(
+        raise BadRecord(
+            "too_long",
             f"the stream has {len(media[stream].sources)} frames, max_stream_frames is "
             f"{max_stream_frames}: "
-            "shorten the stream or raise it"
+            "shorten the stream or raise it",
         )
     return Media(found, media, slots)
 
 
 def _source(part: dict, key: str):
     if part.get(key) is None:
-        raise ValueError(
-            f"a part of type {part['type']!r} has no {key!r}: give the file, array or PIL image"
+        raise BadRecord(
+            "malformed",
+            f"a part of type {part['type']!r} has no {key!r}: give the file, array or PIL image",
         )
     return part[key]
 
@@ -110,9 +113,8 @@ def _size(source) -> tuple[int, int]:
 
 def _image(source, is_video: bool, decode: bool = True) -> Medium:
     if decode and not is_video and not isinstance(source, video.VideoFrame):
-        source = image.load_image(
-            source
-        )  # one look at the file; a stream is decoded frame by frame
+        # One look at the file; a stream is decoded frame by frame.
+        source = image.load_image(source)
         return Medium("image", False, source.height, source.width, [source])
     return Medium("stream" if is_video else "image", is_video, *_size(source), [source])
 
@@ -120,10 +122,11 @@ def _image(source, is_video: bool, decode: bool = True) -> Medium:
 def _add_frame(stream: Medium, source) -> None:
     height, width = _size(source)
     if (height, width) != (stream.height, stream.width):
-        raise ValueError(
+        raise BadRecord(
+            "malformed",
             f"stream frame {len(stream.sources)} is {width}x{height}, the first is "
             f"{stream.width}x{stream.height}: "
-            "all frames of a stream must have one size"
+            "all frames of a stream must have one size",
         )
     stream.sources.append(source)
 
@@ -140,26 +143,29 @@ def _video(part: dict, max_frames: int, **choice) -> tuple[Medium, list[float]]:
         **choice,
     )
     frames = [video.VideoFrame(clip, k) for k in range(len(clip.pts))]
-    return Medium(f"video {str(source)!r}", True, clip.height, clip.width, frames), list(
+    return Medium(video.name(clip.source), True, clip.height, clip.width, frames), list(
         clip.timestamps
     )
 
 
 def _frame_array(part: dict, frames: np.ndarray, max_frames: int) -> tuple[Medium, list[float]]:
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not len(frames):
-        raise ValueError(
-            f"video array is {frames.dtype}{list(frames.shape)}: give uint8[t, h, w, 3] with t >= 1"
+        raise BadRecord(
+            "malformed",
+            f"video array is {frames.dtype}{list(frames.shape)}: give uint8[t, h, w, 3], t >= 1",
         )
     timestamps = [float(t) for t in part.get("timestamps") or ()]
     if len(timestamps) != len(frames):
-        raise ValueError(
+        raise BadRecord(
+            "malformed",
             f"video array has {len(frames)} frames and {len(timestamps)} timestamps: give one "
-            "time in seconds per frame"
+            "time in seconds per frame",
         )
     if len(frames) > max_frames:
-        raise ValueError(
+        raise BadRecord(
+            "too_long",
             f"video array has {len(frames)} frames, max_frames is {max_frames}: choose frames or "
-            "raise it"
+            "raise it",
         )
     height, width = frames.shape[1:3]
     image.check_size(height, width, "video array")

@@ -1,40 +1,24 @@
-"""Sources: random-access sequences of records, opened by a spec.
+"""Sources: random-access sequences of records, opened by a spec "KIND:WHERE".
 
-demo:TASK        records of the embedded demo, without end
-json:FILE        LLaVA / VideoLLaMA3 annotations, a JSON list or JSON lines (see `data.annotation`)
+demo:TASK             records of the embedded demo, without end
+json:FILE             LLaVA / VideoLLaMA3 annotations, a JSON list or JSON lines
+parquet:FILES         Hugging Face parquet, conversations or messages with pictures as columns
+tar:FILES             webdataset shards, not compressed
+array_record:FILES    what `data pack` writes, media included
+tfds:DIR[#SPLIT]      a prepared TFDS dataset in ArrayRecord format
+
+FILES is a path, a glob, or braces as in "shard-{00000..00010}.tar". Media paths are inside the
+media root. A source is:
+
+    len(source)           how many records; the demo's have no length
+    source[i]             {"id", "messages", ...}; health.BadRecord where it cannot be used
+    source.id(i)          a name for record i, also of one that cannot be used; nothing is read
+    source.fingerprint    hex digest that changes with the content, the same on every host
+
+Sources can be pickled and read by several threads. Media that files hold stay encoded, as bytes.
+The digest is that of a JSON file, or of the index that others have of their content (a medium that
+is changed in place, its size kept, goes unnoticed); media in files of their own do not count.
 """
-
-import json
-from pathlib import Path
-
-from vlmjax.data import annotation
-
-
-class JsonSource:
-    """Annotations of a JSON or JSONL file; media paths are relative to `media_root`, inside it."""
-
-    def __init__(self, file, media_root):
-        text = Path(file).read_text()
-        try:
-            lines = json.loads(text) if text.lstrip().startswith("[") else None
-            self.rows = (
-                lines
-                if lines is not None
-                else [json.loads(s) for s in text.splitlines() if s.strip()]
-            )
-        except json.JSONDecodeError as e:
-            raise ValueError(
-                f"{file} is neither a JSON list nor one JSON object a line: {e}"
-            ) from e
-        if not self.rows:
-            raise ValueError(f"{file} holds no annotations; it needs at least one")
-        self.file, self.media_root = str(file), media_root
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return annotation.to_record(self.rows[index], self.media_root, id=f"{self.file}:{index}")
 
 
 def _demo(task, media_root, seed):
@@ -43,17 +27,67 @@ def _demo(task, media_root, seed):
     return DemoSource(task, "train", seed)
 
 
+def _json(file, media_root, seed):
+    from vlmjax.data.jsonl import JsonSource
+
+    return JsonSource(file, media_root)
+
+
+def _parquet(files, media_root, seed):
+    from vlmjax.data.parquet import ParquetSource
+
+    return ParquetSource(files, media_root)
+
+
+def _tar(files, media_root, seed):
+    from vlmjax.data.tar import TarSource
+
+    return TarSource(files, media_root)
+
+
+def _array_record(files, media_root, seed):
+    from vlmjax.data.array_record import ArrayRecordSource
+
+    return ArrayRecordSource(files)
+
+
+def _tfds(folder, media_root, seed):
+    from vlmjax.data.tfds import TfdsSource
+
+    return TfdsSource(folder, media_root)
+
+
+# Kind -> function of (where, media root, seed), and the extra that it needs.
 KINDS = {
-    "demo": _demo,
-    "json": lambda file, media_root, seed: JsonSource(file, media_root),
+    "demo": (_demo, None),
+    "json": (_json, None),
+    "parquet": (_parquet, "data"),
+    "tar": (_tar, None),
+    "array_record": (_array_record, "data"),
+    "tfds": (_tfds, "data"),
 }
 
 
 def open_source(spec, media_root, seed):
-    """Returns the source of a spec "kind:rest"; ValueError for an unknown kind."""
-    kind, _, rest = spec.partition(":")
-    if kind not in KINDS or not rest:
+    """Returns the source of a spec "KIND:WHERE".
+
+    Args:
+      spec: str.
+      media_root: folder that media paths are relative to; they may not leave it.
+      seed: of sources that draw their records.
+    """
+    kind, _, where = spec.partition(":")
+    if kind not in KINDS or not where:
         raise ValueError(
             f"data source {spec!r} is not allowed: write KIND:NAME with KIND one of {sorted(KINDS)}"
         )
-    return KINDS[kind](rest, media_root, seed)
+    make, extra = KINDS[kind]
+    try:
+        return make(where, media_root, seed)
+    except ModuleNotFoundError as error:
+        if extra is None:
+            raise
+        raise ValueError(
+            f"data source {spec!r} needs the package {error.name!r}, which is not there: install "
+            f'"vlmjax[{extra}]"'
+        ) from error

@@ -2,17 +2,18 @@
 time.
 
 `open_video` reads packet headers and one frame; `read_frames` decodes. Only local files of listed
-containers are opened, frame size and duration are limited, decoding has a deadline, and runs of
-packets between key frames that hold no chosen frame are skipped.
+containers, or their bytes, are opened, frame size and duration are limited, decoding has a
+deadline, and runs of packets between key frames that hold no chosen frame are skipped.
 """
 
 from __future__ import annotations
 
+import io
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +21,8 @@ from typing import NamedTuple
 import av
 import numpy as np
 
-from vlmjax.data.image import check_path, check_size
+from vlmjax.data.health import BadRecord
+from vlmjax.data.image import check_bytes, check_path, check_size
 from vlmjax.data.sampling import SAMPLERS
 
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,ivf,nut"
@@ -43,14 +45,14 @@ class Video:
     """The chosen frames of a file.
 
     Attributes:
-      path: the file.
+      source: the file, or its bytes.
       height, width: of the upright frame in pixels.
       pts: presentation time of each chosen frame in stream units, ascending, may repeat.
       timestamps: the time in seconds each frame is shown to the model with.
       runs: indices of the key-frame runs to decode, or None for all.
     """
 
-    path: Path
+    source: Path | bytes = field(repr=False)
     height: int
     width: int
     pts: tuple[int, ...]
@@ -72,7 +74,7 @@ class _Timeline(NamedTuple):
 
 
 def open_video(
-    path: str | Path,
+    source: str | Path | bytes,
     *,
     fps: float = 1.0,
     max_frames: int = 180,
@@ -84,7 +86,7 @@ def open_video(
     """Returns the frames to show of a video file, without decoding them.
 
     Args:
-      path: a local file; its content decides what it is, not its extension.
+      source: a local file or its bytes; the content decides what it is, not the extension.
       fps: frames a second to choose.
       max_frames: more are thinned out evenly.
       sampling: "last_of_second" (what ffmpeg's fps=1:round=down chooses) or "transformers".
@@ -93,9 +95,12 @@ def open_video(
     """
     if sampling not in SAMPLERS:
         raise ValueError(f"frame sampling {sampling!r} is unknown: use one of {sorted(SAMPLERS)}")
-    path = check_path(path, "video")
-    with _opened(path, limits) as (container, stream):
-        timeline = _timeline(container, stream, path, limits)
+    if isinstance(source, bytes):
+        check_bytes(source, "video")
+    else:
+        source = check_path(source, "video")
+    with _opened(source, limits) as (container, stream):
+        timeline = _timeline(container, stream, source, limits)
         base = stream.time_base
         rate = stream.average_rate or stream.guessed_rate
         offset = (
@@ -106,10 +111,11 @@ def open_video(
     times = [pts * base for pts in timeline.pts]
     duration = float(timeline.end * base - times[0])
     if duration > limits.duration or len(times) > limits.rate * max(duration, 1):
-        raise ValueError(
-            f"video {str(path)!r} has {len(times)} frames in {duration:.1f} s, at most "
-            f"{limits.duration:.0f} s and "
-            f"{limits.rate:.0f} frames/s are read: cut it or re-encode it"
+        raise BadRecord(
+            "hostile_media",
+            f"{name(source)} has {len(times)} frames in {duration:.1f} s, at most "
+            f"{limits.duration:.0f} s and {limits.rate:.0f} frames/s are read: cut it or "
+            "re-encode it",
         )
     try:
         chosen, stamps = SAMPLERS[sampling](
@@ -123,119 +129,127 @@ def open_video(
             end=end,
         )
     except ValueError as error:
-        raise ValueError(f"video {str(path)!r}: {error}") from error
+        cut = start is not None or end is not None
+        raise BadRecord(
+            "malformed" if cut else "damaged_media", f"{name(source)}: {error}"
+        ) from error
     pts = tuple(timeline.pts[k] for k in chosen)
     runs = None if timeline.runs is None else frozenset(r for p in pts for r in timeline.runs[p])
-    height, width = _frame_size(path, limits)
-    return Video(path, height, width, pts, tuple(stamps), runs)
+    height, width = _frame_size(source, limits)
+    return Video(source, height, width, pts, tuple(stamps), runs)
 
 
 def read_frames(video: Video, limits: Limits = DEFAULT_LIMITS) -> Iterator[np.ndarray]:
     """Yields u8[h, w, 3] for each chosen frame in order; holds one frame at a time."""
     left = Counter(video.pts)
-    with _opened(video.path, limits) as (container, stream):
-        for frame in _decode(container, stream, video.path, limits, video.runs):
+    with _opened(video.source, limits) as (container, stream):
+        for frame in _decode(container, stream, video.source, limits, video.runs):
             repeats = left.pop(frame.pts, 0)
             if not repeats:
                 continue
             pixels = _upright(frame)
             if pixels.shape != (video.height, video.width, 3):
-                raise ValueError(
-                    f"video {str(video.path)!r} changes size from {video.width}x{video.height} to "
-                    f"{pixels.shape[1]}x{pixels.shape[0]}, one size is allowed: re-encode it"
+                raise BadRecord(
+                    "damaged_media",
+                    f"{name(video.source)} changes size from {video.width}x{video.height} to "
+                    f"{pixels.shape[1]}x{pixels.shape[0]}, one size is allowed: re-encode it",
                 )
             for _ in range(repeats):
                 yield pixels
             if not left:
                 return
-    raise ValueError(
-        f"video {str(video.path)!r} did not give {sum(left.values())} of its {len(video.pts)} "
-        "chosen frames, all are "
-        "needed: it is damaged, fetch it again or drop the record"
+    raise BadRecord(
+        "damaged_media",
+        f"{name(video.source)} did not give {sum(left.values())} of its {len(video.pts)} chosen "
+        "frames, all are needed: it is damaged, fetch it again or drop the record",
     )
 
 
 def load_video(
-    path: str | Path, limits: Limits = DEFAULT_LIMITS, **choice
+    source: str | Path | bytes, limits: Limits = DEFAULT_LIMITS, **choice
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns (u8[t, h, w, 3] frames, f64[t] timestamps); `choice` as in `open_video`."""
-    video = open_video(path, limits=limits, **choice)
+    video = open_video(source, limits=limits, **choice)
     return np.stack(list(read_frames(video, limits))), np.array(video.timestamps)
 
 
 @contextmanager
-def _opened(path: Path, limits: Limits):
-    """Gives (container, stream) and turns decoder errors into ValueErrors that name the file."""
+def _opened(source: Path | bytes, limits: Limits):
+    """Gives (container, stream) and turns decoder errors into BadRecords that name the file."""
+    encoded = isinstance(source, bytes)
     options = {
-        "protocol_whitelist": "file",
+        "protocol_whitelist": "none" if encoded else "file",  # "none" is the name of no protocol
         "format_whitelist": CONTAINERS,
         "max_pixels": str(limits.pixels),
     }
+    file = io.BytesIO(source) if encoded else f"file:{source.resolve()}"
     try:
-        with av.open(
-            f"file:{path.resolve()}", options=options, timeout=limits.deadline
-        ) as container:
+        with av.open(file, options=options, timeout=limits.deadline) as container:
             if not container.streams.video:
-                raise ValueError(
-                    f"video {str(path)!r} has no video stream (is it sound only?): drop it"
+                raise BadRecord(
+                    "damaged_media",
+                    f"{name(source)} has no video stream (is it sound only?): drop it",
                 )
             stream = container.streams.video[0]
             context = stream.codec_context
             if context is None:
-                raise ValueError(
-                    f"video {str(path)!r} uses a codec this build cannot decode: re-encode it, "
-                    "e.g. as H.264"
+                raise BadRecord(
+                    "damaged_media",
+                    f"{name(source)} uses a codec this build cannot decode: re-encode it, "
+                    "e.g. as H.264",
                 )
             if not (context.width and context.height):
-                raise ValueError(
-                    f"video {str(path)!r} does not say its frame size: it is damaged, re-encode it"
+                raise BadRecord(
+                    "damaged_media",
+                    f"{name(source)} does not say its frame size: it is damaged, re-encode it",
                 )
-            check_size(context.height, context.width, f"video {str(path)!r}", limits.pixels)
+            check_size(context.height, context.width, name(source), limits.pixels)
             context.options = {"max_pixels": str(limits.pixels)}
             context.thread_count = 1  # loaders run many workers
             yield container, stream
     except av.error.ExitError as error:
-        raise _too_slow(path, limits) from error
+        raise _too_slow(source, limits) from error
     except av.error.FFmpegError as error:
-        raise ValueError(
-            f"video {str(path)!r} cannot be read ({error.strerror}); its content is "
-            f"{_sniff(path)}, a video in one of "
-            f"{CONTAINERS} is needed: fetch it again or convert it"
+        raise BadRecord(
+            "damaged_media",
+            f"{name(source)} cannot be read ({error.strerror}); its content is "
+            f"{_sniff(source)}, a video in one of {CONTAINERS} is needed: fetch it again or "
+            "convert it",
         ) from error
 
 
-def _timeline(container, stream, path: Path, limits: Limits) -> _Timeline:
+def _timeline(container, stream, source: Path | bytes, limits: Limits) -> _Timeline:
     """Returns when each frame is shown, from packets, or by decoding where they do not say."""
     stop = time.monotonic() + limits.deadline
     entries, starts, longest = [], [], {}
     for packet in container.demux(stream):
-        _check_deadline(stop, path, limits)
+        _check_deadline(stop, source, limits)
         if packet.size == 0:
             continue
         if packet.pts is None:
-            return _decoded_timeline(stream, path, limits)
+            return _decoded_timeline(stream, source, limits)
         if packet.is_keyframe:
             starts.append(packet.pts)
         if starts and not packet.is_discard and packet.pts >= starts[0]:
             entries.append((packet.pts, len(starts) - 1))
             longest[packet.pts] = packet.duration or 0
     if not entries:
-        raise _empty(path)
+        raise _empty(source)
     # A picture shown before its run's key frame may also refer to the run before.
     runs = {pts: (run,) if pts >= starts[run] else (run - 1, run) for pts, run in entries}
     pts = sorted(runs)
     return _Timeline(pts, runs, pts[-1] + (longest[pts[-1]] or _step(pts, stream)))
 
 
-def _decoded_timeline(stream, path: Path, limits: Limits) -> _Timeline:
-    with _opened(path, limits) as (container, fresh):
+def _decoded_timeline(stream, source: Path | bytes, limits: Limits) -> _Timeline:
+    with _opened(source, limits) as (container, fresh):
         shown = {
             f.pts: f.duration or 0
-            for f in _decode(container, fresh, path, limits)
+            for f in _decode(container, fresh, source, limits)
             if f.pts is not None
         }
     if not shown:
-        raise _empty(path)
+        raise _empty(source)
     pts = sorted(shown)
     return _Timeline(pts, None, pts[-1] + (shown[pts[-1]] or _step(pts, stream)))
 
@@ -248,30 +262,41 @@ def _step(pts: list[int], stream) -> int:
     return int(1 / (rate * stream.time_base)) if rate else 0
 
 
-def _empty(path: Path) -> ValueError:
-    return ValueError(
-        f"video {str(path)!r} has no frames, at least one is needed: drop it or fetch it again"
+def name(source: Path | bytes) -> str:
+    """Returns what messages call a video."""
+    if isinstance(source, bytes):
+        return f"video of {len(source)} bytes"
+    return f"video {str(source)!r}"
+
+
+def _empty(source: Path | bytes) -> BadRecord:
+    return BadRecord(
+        "damaged_media",
+        f"{name(source)} has no frames, at least one is needed: drop it or fetch it again",
     )
 
 
-def _check_deadline(stop: float, path: Path, limits: Limits) -> None:
+def _check_deadline(stop: float, source: Path | bytes, limits: Limits) -> None:
     if time.monotonic() > stop:
-        raise _too_slow(path, limits)
+        raise _too_slow(source, limits)
 
 
-def _too_slow(path: Path, limits: Limits) -> ValueError:
-    return ValueError(
-        f"video {str(path)!r} took longer than {limits.deadline:g} s to read: shorten it, "
-        "re-encode it with more key frames or raise the deadline"
+def _too_slow(source: Path | bytes, limits: Limits) -> BadRecord:
+    return BadRecord(
+        "hostile_media",
+        f"{name(source)} took longer than {limits.deadline:g} s to read: shorten it, "
+        "re-encode it with more key frames or raise the deadline",
     )
 
 
-def _decode(container, stream, path: Path, limits: Limits, runs: frozenset[int] | None = None):
+def _decode(
+    container, stream, source: Path | bytes, limits: Limits, runs: frozenset[int] | None = None
+):
     """Yields the decoded frames of the key-frame runs asked for, in order of presentation."""
     stop = time.monotonic() + limits.deadline
     context, run, decoding = stream.codec_context, -1, False
     for packet in container.demux(stream):
-        _check_deadline(stop, path, limits)
+        _check_deadline(stop, source, limits)
         if packet.size == 0:
             continue
         run += packet.is_keyframe
@@ -280,7 +305,7 @@ def _decode(container, stream, path: Path, limits: Limits, runs: frozenset[int] 
         if runs is None or run in runs:
             decoding = True
             for frame in packet.decode():
-                _check_deadline(stop, path, limits)
+                _check_deadline(stop, source, limits)
                 yield frame
         elif decoding:
             yield from context.decode(None)
@@ -290,14 +315,14 @@ def _decode(container, stream, path: Path, limits: Limits, runs: frozenset[int] 
         yield from context.decode(None)
 
 
-def _frame_size(path: Path, limits: Limits) -> tuple[int, int]:
+def _frame_size(source: Path | bytes, limits: Limits) -> tuple[int, int]:
     """Returns (height, width) of the first frame, upright."""
-    with _opened(path, limits) as (container, stream):
-        for frame in _decode(container, stream, path, limits):
+    with _opened(source, limits) as (container, stream):
+        for frame in _decode(container, stream, source, limits):
             return (
                 (frame.width, frame.height) if frame.rotation % 180 else (frame.height, frame.width)
             )
-    raise _empty(path)
+    raise _empty(source)
 
 
 def _upright(frame) -> np.ndarray:
@@ -320,12 +345,13 @@ _MAGIC = (
 )
 
 
-def _sniff(path: Path) -> str:
+def _sniff(source: Path | bytes) -> str:
     """Returns in words what the first bytes of a file look like."""
-    with open(path, "rb") as file:
-        head = file.read(512)
-    if not head:
-        return "empty"
+    if isinstance(source, bytes):
+        head = source[:512]
+    else:
+        with open(source, "rb") as file:
+            head = file.read(512)
     for magic, name in _MAGIC:
         if head.startswith(magic):
             return name

@@ -50,6 +50,18 @@ class DemoSource:
         self.task, self.split, self.seed = name, split, seed
         self._words = task != name
 
+    def id(self, index: int) -> str:
+        name = f"demo/{self.task}/{self.split}/{self.seed}/{index}"
+        return name + "/text" if self._words else name
+
+    @property
+    def fingerprint(self) -> str:
+        """A hex digest of what the records follow from, the assets by name and size."""
+        found = hashlib.sha256(self.id(0).encode())
+        for file in sorted(file for file in ASSETS.rglob("*") if file.is_file()):
+            found.update(f"{file.relative_to(ASSETS)}\0{file.stat().st_size}\0".encode())
+        return found.hexdigest()
+
     def __getitem__(self, index: int) -> dict:
         name = f"{self.task}/{self.split}/{self.seed}/{index}"
         seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")

@@ -1,0 +1,119 @@
+"""A record as bytes, without pickle: u32 length of a JSON header, the header, its media files.
+
+    {"record": {"id": ..., "messages": [... {"type": "image", "image": {"blob": 0}} ...]},
+     "videos": [{"blob": 1, "height": ..., "width": ..., "pts": ..., ...}],
+     "blobs": [48113, 902114]}
+
+Media are files as they were, in the order of `blobs`, which has their sizes; the same file is kept
+once. Frames of a stream are {"video": number, "frame": number}.
+"""
+
+import json
+from pathlib import Path
+
+from vlmjax.data.health import BadRecord
+from vlmjax.data.image import check_path
+from vlmjax.data.rows import check_size
+from vlmjax.data.video import Video, VideoFrame
+
+MEDIA = ("image", "video")
+_LENGTH = 4
+
+
+def encode(record):
+    """Returns the bytes of a record whose media are paths, bytes of files or frames of videos."""
+    blobs, places, videos = [], {}, []
+
+    def blob(source):
+        key = source if isinstance(source, (bytes, Path)) else None
+        if key is None:
+            raise BadRecord(
+                "malformed",
+                f"record {record['id']!r} has a medium of type {type(source).__name__}: give a "
+                "path or the bytes of a file",
+            )
+        if key not in places:
+            places[key] = len(blobs)
+            blobs.append(_content(source))
+        return {"blob": places[key]}
+
+    def medium(source):
+        if not isinstance(source, VideoFrame):
+            return blob(source)
+        if source.video not in videos:
+            videos.append(source.video)
+        return {"video": videos.index(source.video), "frame": source.index}
+
+    messages = [_changed(message, medium) for message in record["messages"]]
+    header = {"record": {**record, "messages": messages}}
+    header["videos"] = [
+        {
+            **blob(v.source),
+            "height": v.height,
+            "width": v.width,
+            "pts": v.pts,
+            "timestamps": v.timestamps,
+            "runs": None if v.runs is None else sorted(v.runs),
+        }
+        for v in videos
+    ]
+    header["blobs"] = [len(data) for data in blobs]
+    text = json.dumps(header, ensure_ascii=False, allow_nan=False).encode()
+    return b"".join([len(text).to_bytes(_LENGTH, "little"), text, *blobs])
+
+
+def decode(data):
+    """Returns the record of bytes that `encode` made; BadRecord for any others."""
+    try:
+        size = _LENGTH + int.from_bytes(data[:_LENGTH], "little")
+        header, blobs, start = json.loads(data[_LENGTH:size]), [], size
+        for length in header["blobs"]:
+            if not 0 < length <= len(data) - start:
+                raise ValueError(f"a file of {length} bytes of {len(data) - start} left")
+            blobs.append(data[start : start + length])
+            start += length
+        if start != len(data):
+            raise ValueError(f"{len(data) - start} bytes too many")
+        videos = [_video(blobs, **values) for values in header["videos"]]
+
+        def medium(value):
+            if "blob" in value:
+                return blobs[value["blob"]]
+            video, frame = videos[value["video"]], value["frame"]
+            if frame not in range(len(video.pts)):
+                raise ValueError(f"frame {frame} of a video of {len(video.pts)}")
+            return VideoFrame(video, frame)
+
+        record = header["record"]
+        messages = [_changed(message, medium) for message in record["messages"]]
+        return {**record, "messages": messages}
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        raise BadRecord("malformed", f"bytes are no record of ours ({error})") from error
+
+
+def _changed(message, medium):
+    """Returns a message with its media replaced."""
+    if isinstance(message["content"], str):
+        return message
+    parts = [
+        {**part, part["type"]: medium(part[part["type"]])} if part["type"] in MEDIA else part
+        for part in message["content"]
+    ]
+    return {**message, "content": parts}
+
+
+def _content(source):
+    if isinstance(source, bytes):
+        check_size(len(source), "a medium")
+        return source
+    path = check_path(source, "media path")
+    check_size(path.stat().st_size, f"{str(path)!r}")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BadRecord("missing_file", f"{str(path)!r} cannot be read: {error}") from error
+
+
+def _video(blobs, blob, pts, timestamps, runs, **size):
+    runs = None if runs is None else frozenset(runs)
+    return Video(blobs[blob], pts=tuple(pts), timestamps=tuple(timestamps), runs=runs, **size)
