@@ -8,6 +8,8 @@ export    --workdir --output [--config --format]  writes a Hugging Face director
 generate  --model --prompt [--image] [--video]    answers a question
 data pack     --source --output [--media_root]    writes a source as one ArrayRecord file
 data inspect  --config [--source] [--output]      says what is in a config's data; contact sheet
+data index    --config [--workers] [--pixels]     measures the records of a config's data
+data plan     --config                            says what a plan makes of them
 """
 
 import json
@@ -107,15 +109,31 @@ def data_pack():
 def data_inspect():
     """Prints what is in the sources of a config, or in --source, as its processor sees them."""
     from vlmjax import build
-    from vlmjax.data.processor import Processor
-    from vlmjax.data.sources import open_source
+
+    config = FLAGS.config
+    if FLAGS.source:
+        config.data.sources = ((FLAGS.source, 1.0),)
+    if FLAGS.media_root:
+        config.data.media_root = FLAGS.media_root
+    data = build.open_data(build.resolve(config))
+    print(data_cli.inspect(data, FLAGS.samples, FLAGS.output))
+
+
+def data_index():
+    """Measures the records of all sources of a config that its length indices do not have yet."""
+    from vlmjax import build
 
     run = build.resolve(FLAGS.config)
-    root = FLAGS.media_root or run.data.media_root
-    specs = [FLAGS.source] if FLAGS.source else [spec for spec, _ in run.data.sources]
-    sources = {spec: open_source(spec, root, run.train.seed) for spec in specs}
-    processor = Processor(run.processor, build.make_tokenizer(run), run.model.form)
-    print(data_cli.inspect(sources, processor, FLAGS.samples, FLAGS.output))
+    budget = build.make_budgets(run)[0]
+    print(data_cli.index(build.open_data(run), budget, FLAGS.workers, FLAGS.pixels))
+
+
+def data_plan():
+    """Prints what a plan of the config makes of its sources: steps, fill, imbalance, shares."""
+    from vlmjax import build
+
+    run = build.resolve(FLAGS.config)
+    print(data_cli.plan(build.open_data(run), build.make_budgets(run), run.train.rows))
 
 
 # Name, of one or two words -> (function, flags it needs).
@@ -128,6 +146,8 @@ COMMANDS = {
     "generate": (generate, ("model",)),
     "data pack": (data_pack, ("source", "output")),
     "data inspect": (data_inspect, ("config",)),
+    "data index": (data_index, ("config",)),
+    "data plan": (data_plan, ("config",)),
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from vlmjax.data import rows
-from vlmjax.data.shards import read_span
+from vlmjax.data.shards import AbsentFiles, read_span
 
 _PIECE = 1 << 22
 _PROBED = 10  # annotations of which one must be readable
@@ -25,7 +25,7 @@ class JsonSource:
     def __init__(self, file, media_root):
         self.file, self.media_root = str(file), media_root
         if not Path(file).is_file():
-            raise ValueError(f"{file} is not a file: correct the path of the annotations")
+            raise AbsentFiles(f"{file} is not a file: correct the path of the annotations")
         found = hashlib.sha256()
         start, is_list = _beginning(file)
         scan = _list_spans if is_list else _line_spans

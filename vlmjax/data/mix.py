@@ -17,6 +17,7 @@ from vlmjax.data import index
 from vlmjax.data.mixture import Mixture, permuted
 from vlmjax.data.plan import BALANCE, VERSION, Plan
 from vlmjax.data.reader import Reader
+from vlmjax.data.shards import AbsentFiles
 from vlmjax.data.sources import open_source
 
 
@@ -206,7 +207,7 @@ def open_data(config, make_processor, seed):
     for s in config.mixed:
         try:
             opened.append((s, open_source(s.spec, s.media_root or config.media_root, seed)))
-        except FileNotFoundError as error:
+        except AbsentFiles as error:
             absent[s.name] = str(error)
             continue
         if s.processor not in made:

@@ -11,6 +11,10 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
+class AbsentFiles(ValueError):
+    """What a source is made of is not there."""
+
+
 def expand(pattern, what):
     """Returns the files of a path, a glob or a brace pattern, in order.
 
@@ -29,7 +33,7 @@ def expand(pattern, what):
         found = [option] if Path(option).is_file() else sorted(glob.glob(option))
         found = [file for file in found if Path(file).is_file()]
         if not found:
-            raise ValueError(f"{what} {option!r} is no file and matches none: correct the pattern")
+            raise AbsentFiles(f"{what} {option!r} is no file and matches none: correct the pattern")
         files += found
     return files
 

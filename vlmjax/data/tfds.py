@@ -14,12 +14,13 @@ Pictures stay encoded.
 import contextlib
 import functools
 import json
+from pathlib import Path
 
 import tensorflow_datasets as tfds
 
 from vlmjax.data import rows
 from vlmjax.data.health import BadRecord
-from vlmjax.data.shards import digest
+from vlmjax.data.shards import AbsentFiles, digest
 
 _TURNS = ("conversations", "conversation", "messages")
 
@@ -39,6 +40,8 @@ class TfdsSource:
         self.split, self.media_root = split or "train", media_root
         if "://" in self.folder:
             raise ValueError(f"TFDS folder {self.folder!r} is a URL, only local ones are read")
+        if not Path(self.folder).is_dir():
+            raise AbsentFiles(f"TFDS folder {self.folder!r} is not there: correct the path")
         with self._explained():
             info = tfds.builder_from_directory(self.folder).info
             files = info.splits[self.split].filepaths

@@ -1,0 +1,122 @@
+"""Length indices: equal to what is packed, resumed, made by workers, refused when stale."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from data_mixture import clip, picture, talk, write
+
+from vlmjax.batch import Budget, Form, TowerForm
+from vlmjax.data import index
+from vlmjax.data.health import BadRecord
+from vlmjax.data.jsonl import JsonSource
+from vlmjax.data.pack import size
+from vlmjax.data.processor import Processor, ProcessorConfig
+from vlmjax.data.tokenizer import byte_tokenizer
+
+BUDGET = Budget(400, (400,), (400,), (4,))
+SETTINGS = dict(patch=8, min_visual_tokens=1, max_visual_tokens=60)
+
+
+def processor(**settings):
+    return Processor(
+        ProcessorConfig(**SETTINGS | settings), byte_tokenizer(), Form((TowerForm(8),))
+    )
+
+
+def source(folder, number=20):
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(number):
+        media = [{}, {"image": [picture(folder, f"{i}_{k}.png", rng) for k in range(2)]}]
+        media.append({"video": clip(folder, f"{i}.mp4", rng)} if i % 6 == 2 else {})
+        rows.append(talk(f"r{i}", f"What is {i}?", **media[i % 3]))
+    rows[4] = talk("gone", "<image>?", image="gone.png")
+    rows[9] = talk("long", "word " * 300)
+    write(folder / "rows.jsonl", rows)
+    return JsonSource(folder / "rows.jsonl", folder)
+
+
+def same(a, b):
+    np.testing.assert_array_equal(a.sizes, b.sizes)
+    np.testing.assert_array_equal(a.reasons, b.reasons)
+    assert a.digest == b.digest and list(a.bad()) == list(b.bad())
+
+
+@pytest.mark.parametrize("pixels", index.PIXELS)
+def test_lengths_are_those_of_the_samples(tmp_path, pixels):
+    """Those of headers are of videos before they are pruned."""
+    records, process = source(tmp_path), processor(threshold=0.5)
+    found = index.build(records, process, BUDGET, tmp_path / "index", pixels=pixels)
+    assert [(b["record"], b["id"], b["reason"]) for b in found.bad()] == [
+        (4, records.id(4), "missing_file"),
+        (9, records.id(9), "too_long"),
+    ]
+    assert sorted(found.usable) == sorted(set(range(20)) - {4, 9})
+    pruned = 0
+    for k in found.usable:
+        sample = process(records[k])
+        if pixels == "decoded" or all(item.keep.all() for item in sample.items):
+            assert tuple(found.sizes[k]) == size(sample, BUDGET)
+        else:
+            assert (found.sizes[k] >= size(sample, BUDGET)).all()
+            pruned += tuple(found.sizes[k]) != size(sample, BUDGET)
+    assert (pruned > 0) == (pixels == "blank")
+
+
+def test_workers_and_interruption_change_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "CHUNK", 4)
+    records, process = source(tmp_path), processor()
+    whole = index.build(records, process, BUDGET, tmp_path / "whole")
+    same(index.build(records, process, BUDGET, tmp_path / "two", workers=2), whole)
+    calls, measure = [], index._measure
+
+    def killed(*work):
+        calls.append(work[-1])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measure(*work)
+
+    monkeypatch.setattr(index, "_measure", killed)
+    with pytest.raises(KeyboardInterrupt):
+        index.build(records, process, BUDGET, tmp_path / "cut")
+    wanted = index.identity(records, process, BUDGET)
+    with pytest.raises(ValueError, match="lacks 12 records still: make it with"):
+        index.open_index(tmp_path / "cut", wanted)
+    same(index.build(records, process, BUDGET, tmp_path / "cut"), whole)
+    assert len(calls) == 3 + 3  # chunks of before are not measured again
+
+
+def test_an_index_of_other_data_is_refused(tmp_path):
+    records, process = source(tmp_path), processor()
+    folder = tmp_path / "index"
+    with pytest.raises(ValueError, match="there is no length index in .*data index"):
+        index.open_index(folder, index.identity(records, process, BUDGET))
+    index.build(records, process, BUDGET, folder)
+    other = processor(max_visual_tokens=30)
+    for what, wanted in (
+        ("processor", index.identity(records, other, BUDGET)),
+        ("row", index.identity(records, process, dataclasses.replace(BUDGET, tokens=399))),
+        ("pixels", index.identity(records, process, BUDGET, "decoded")),
+    ):
+        with pytest.raises(ValueError, match=f"made with another {what}: make it with"):
+            index.open_index(folder, wanted)
+    with open(tmp_path / "rows.jsonl", "a") as file:
+        file.write(json.dumps(talk("more", "?")) + "\n")
+    with pytest.raises(ValueError, match="made with another source, records"):
+        index.build(JsonSource(tmp_path / "rows.jsonl", tmp_path), process, BUDGET, folder)
+
+
+def test_blank_samples_read_headers_only(tmp_path):
+    """A picture whose pixels are cut off has a size, and fails when it is used."""
+    rng = np.random.default_rng(0)
+    picture(tmp_path, "a.jpg", rng, (64, 64))
+    whole = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(whole[: len(whole) // 2])
+    write(tmp_path / "rows.jsonl", [talk("a", "<image>?", image="a.jpg")])
+    record, process = JsonSource(tmp_path / "rows.jsonl", tmp_path)[0], processor()
+    assert process(record, pixels="blank").items[0].num_slots == 49
+    with pytest.raises(BadRecord, match="damaged or truncated") as error:
+        process(record)
+    assert error.value.reason == "damaged_media"
