@@ -58,6 +58,30 @@ def parse_arg(arg, **defaults):
     return values
 
 
+def data(**settings):
+    """Returns the data section: `settings` over the defaults of `vlmjax.data.mix.DataConfig`."""
+    return (
+        dict(
+            buckets=(),
+            normalisation="token",
+            media_root=".",
+            groups=(),
+            absent="error",
+            pool=256,
+            index="",
+            window=32768,
+            balance="step",
+            epochs=0.0,
+            workers=0,
+            ahead=16,
+            stall=300.0,
+            quota=0.001,
+            changed_at=0,
+        )
+        | settings
+    )
+
+
 def choose(arg, **tables):
     """Raises ValueError unless each named argument is a key of its table."""
     wrong = {name: table for name, table in tables.items() if arg[name] not in table}
@@ -180,14 +204,10 @@ def recipe(
             picture=picture,
             **(video or {}),
         ),
-        data=dict(
+        data=data(
             sources=(("json:annotations.jsonl", 1.0),),
             tokenizer="tokenizer",
             budget=(tokens, views),
-            buckets=(),
-            pool=256,
-            normalisation="token",
-            media_root=".",
         ),
         train=dict(
             steps=steps,
@@ -252,7 +272,7 @@ def tiny(c, *, vision=None, connector=None, llm=None, tasks=PICTURES, tokens=384
     if c["stage"] > 1:
         start = f"{c['init'].rpartition('/')[0]}_tiny/stage{c['stage'] - 1}"
     text = dict(image_token="<|image_pad|>", video_token="<|video_pad|>", max_length=tokens)
-    data = dict(
+    other = dict(
         sources=tuple((f"demo:{task}", 1.0) for task in tasks),
         tokenizer="demo",
         budget=(tokens, views),
@@ -265,7 +285,7 @@ def tiny(c, *, vision=None, connector=None, llm=None, tasks=PICTURES, tokens=384
         lr=tuple((path, None if peak is None else 1e-2) for path, peak in c["lr"]),
         optim=c["optim"] | dict(warmup=0.1),
         processor=c["processor"] | text,
-        data=c["data"] | data,
+        data=c["data"] | other,
         train=c["train"] | small,
         mesh=dict(data=-1, fsdp=1, seq=1, tensor=1),
     )

@@ -9,7 +9,7 @@ are the paper's.
 
 from ml_collections import ConfigDict
 
-from configs.common import parse_arg
+from configs.common import data, parse_arg
 
 STEPS = {0: 400, 1: 500, 2: 1100, 3: 800, 4: 800}
 # Tokens, patches, visual tokens of a row, patches of a visual token at most: the mix of the stage
@@ -125,14 +125,12 @@ def get_config(arg=None):
         compression=stage >= 3,
         prune="after_encoder",
     )
-    c.data = dict(
+    c.data = data(
         sources=tuple((f"demo:{task}", share) for task, share in MIX[stage].items()),
         tokenizer="demo",
         budget=BUDGET[stage],
-        buckets=(),
         pool=128,
         normalisation="sqrt",
-        media_root=".",
     )
     c.train = dict(
         steps=max(round(STEPS[stage] * arg["scale"]), 1),

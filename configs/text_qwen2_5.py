@@ -7,7 +7,7 @@ A row of 4,096 tokens for each chip, full remat, AdamW with float32 masters and 
 
 from ml_collections import ConfigDict
 
-from configs.common import parse_arg
+from configs.common import data, parse_arg
 
 PRESET = {"1.5b": "qwen2_5_1_5b", "7b": "qwen2_5_7b"}
 
@@ -37,14 +37,8 @@ def get_config(arg=None):
         warmup=0.03,
     )
     c.processor = dict(max_length=slots)
-    c.data = dict(
-        sources=(("json:annotations.jsonl", 1.0),),
-        tokenizer="tokenizer",
-        budget=(slots, 0, 0, 4),
-        buckets=(),
-        pool=256,
-        normalisation="token",
-        media_root=".",
+    c.data = data(
+        sources=(("json:annotations.jsonl", 1.0),), tokenizer="tokenizer", budget=(slots, 0, 0, 4)
     )
     c.train = dict(
         steps=1000,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 
 import av
 import numpy as np
@@ -65,11 +66,13 @@ def broken(folder, outside, rng):
     (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (folder / "empty.jpg").write_bytes(b"")
     # A GIF that says it is 60,000 pixels wide and high, and a PNG header of 40,000.
-    (folder / "bomb.gif").write_bytes(b"GIF89a" + (60_000).to_bytes(2, "little") * 2 + b"\0" * 3)
+    side = (60_000).to_bytes(2, "little")
+    frame = b"," + bytes(4) + side * 2 + b"\x80" + bytes(6) + b"\x02\x02\x4c\x01\x00;"
+    (folder / "bomb.gif").write_bytes(b"GIF89a" + side * 2 + b"\0" * 3 + frame)
     Image.new("1", (8, 8)).save(folder / "small.png")
     png = bytearray((folder / "small.png").read_bytes())
     png[16:24] = (40_000).to_bytes(4, "big") * 2
-    png[29:33] = __import__("zlib").crc32(png[12:29]).to_bytes(4, "big")
+    png[29:33] = zlib.crc32(png[12:29]).to_bytes(4, "big")
     (folder / "huge.png").write_bytes(png)
     with av.open(str(folder / "bomb.mp4"), "w") as out:  # frames of 151 MB in a few kilobytes
         stream = out.add_stream("mpeg4", rate=1)

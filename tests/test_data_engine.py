@@ -130,7 +130,7 @@ def test_hosts_change_nothing_and_may_change(tmp_path):
         for a, b in zip(losses[1], losses[hosts], strict=True):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
             for count in ("supervised_tokens", "token_fill", "patch_fill", "visual_kept"):
-                assert a[count] == pytest.approx(b[count], rel=1e-6)
+                assert a[count] == pytest.approx(b[count], rel=1e-5)  # six digits are kept
     moved = tmp_path / "moved"
     config.train.update(steps=3, save_every=3)
     before = run_hosts(moved, config, 2)[:3]

@@ -199,9 +199,10 @@ def _opened(source: Path | bytes, limits: Limits):
                     "e.g. as H.264",
                 )
             if not (context.width and context.height):
-                raise BadRecord(
-                    "damaged_media",
-                    f"{name(source)} does not say its frame size: it is damaged, re-encode it",
+                raise BadRecord(  # FFmpeg hides a size above the limit
+                    "hostile_media",
+                    f"{name(source)} says no frame size, or one above {limits.pixels} pixels: "
+                    "re-encode it",
                 )
             check_size(context.height, context.width, name(source), limits.pixels)
             context.options = {"max_pixels": str(limits.pixels)}

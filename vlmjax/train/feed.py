@@ -91,8 +91,8 @@ def open_feed(run, budgets, mesh, saved, step, workdir):
     """
     if run.data.changed_at > step:
         raise ValueError(
-            f"data.changed_at={run.data.changed_at} lies behind step {step}, where the run is: it is "
-            "the step of the checkpoint from which other data count; set it to 0 for a new run"
+            f"data.changed_at={run.data.changed_at} lies behind step {step}, where the run is: it "
+            "is the step of the checkpoint from which other data count; set it to 0 for a new run"
         )
     data, config, rows = build.open_data(run), run.data, run.train.rows
     ledger = Ledger(workdir, data.sizes(), config.quota, jax.process_index())
