@@ -7,8 +7,9 @@ Every method gets the same JPEG files (640x480 to 1920x1080) and 8 s H.264 clips
 and the same budget of visual tokens. `samples_per_second` is of processor time, that is per core,
 in a process of its own with one thread; `peak_mb` is the highest resident memory of that process.
 transformers decodes clips with PyAV, as its torchcodec needs CUDA libraries beside torch's wheel.
-Then the loader, with 0, 1 and 2 workers, by the clock; with --samples so many through 2 workers,
-with the resident memory of all processes at 10 %, 55 % and 100 %. JSON lines.
+Then the loader on six pictures a clip, with 0, 1 and 2 workers, by the clock and by processor time;
+with --samples so many through 2 workers, with the resident memory of the parent and of the workers
+at 10 %, 55 % and 100 %. JSON lines.
 """
 
 import argparse
@@ -100,8 +101,6 @@ METHODS = {
 
 def measure(folder, method, media, seconds):
     """Prints the line of one method, run in this process."""
-    import psutil
-
     one = METHODS[method](folder)
     files = sorted(folder.glob(f"*{MEDIA[media]}"))
     patches = sum(map(one, files))
@@ -111,7 +110,6 @@ def measure(folder, method, media, seconds):
             one(file)
         rounds += 1
     rate = rounds * len(files) / (time.process_time() - began)
-    peak = psutil.Process().memory_info().rss
     with open("/proc/self/status") as status:
         peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
     row = dict(method=method, media=media, samples_per_second=round(rate, 2))
@@ -136,13 +134,18 @@ class Samples:
         return self.process({"id": str(number), "messages": messages(file)})
 
 
-def resident_mb():
-    """Returns (this process, all its workers): resident memory, shared pages once in each."""
+def used():
+    """Returns (processor seconds, resident MB of this process, of its workers) so far.
+
+    Memory that two processes share is counted in both.
+    """
     import psutil
 
     me = psutil.Process()
-    workers = sum(child.memory_info().rss for child in me.children(recursive=True))
-    return me.memory_info().rss >> 20, workers >> 20
+    crew = me.children(recursive=True)
+    seconds = sum(sum(process.cpu_times()[:2]) for process in (me, *crew))
+    resident = sum(process.memory_info().rss for process in crew)
+    return seconds, me.memory_info().rss >> 20, resident >> 20
 
 
 def load_samples(folder, workers, seconds, samples):
@@ -154,16 +157,18 @@ def load_samples(folder, workers, seconds, samples):
     items = load(Picklable(folder), workers=workers, ahead=16)
     for _ in range(MIX + 1):
         next(items)
-    done, memory, began = 0, [], time.monotonic()
+    done, memory, began, seconds_before = 0, [], time.monotonic(), used()[0]
     marks = [int(samples * share) for share in (0.1, 0.55, 1)]
     while done < samples or (not samples and time.monotonic() - began < seconds):
         next(items)
         done += 1
         if done in marks:
-            memory.append(resident_mb())
+            memory.append(used()[1:])
     rate = done / (time.monotonic() - began)
     row = dict(method=f"vlmjax load, {workers} workers", media="mixed", samples=done)
-    row |= dict(samples_per_second=round(rate, 2), resident_mb=memory or [resident_mb()])
+    per_core = done / (used()[0] - seconds_before)
+    row |= dict(samples_per_second=round(rate, 2), samples_per_core_second=round(per_core, 2))
+    row |= dict(resident_mb=memory or [used()[1:]])
     print(json.dumps(row), flush=True)
     items.close()
 
