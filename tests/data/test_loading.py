@@ -13,8 +13,6 @@ import pytest
 from vlmjax.data.health import BadRecord
 from vlmjax.data.loading import WorkerFailure, load, prefetch
 
-WORKERS = (0, 1, 2, 4)
-
 
 class Row(NamedTuple):
     number: int
@@ -83,8 +81,7 @@ def processes_of(items):
     return [worker.process for worker in items.gi_frame.f_locals["crew"]]
 
 
-@pytest.mark.parametrize("workers", WORKERS)
-@pytest.mark.parametrize("start", [0, 7])
+@pytest.mark.parametrize("workers,start", [(0, 0), (1, 0), (2, 7), (4, 0)])
 def test_rows_come_in_order_and_are_the_same(workers, start):
     rows = Rows()
     items = list(load(rows, start, workers=workers, ahead=3))

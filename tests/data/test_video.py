@@ -1,5 +1,6 @@
 """Frame choice against libavfilter's own fps filter, decoding, and refusals."""
 
+import dataclasses
 from fractions import Fraction
 
 import av
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from numbered_frame import frame_number, numbered_frame
 
+from vlmjax.data import video
 from vlmjax.data.health import BadRecord
 from vlmjax.data.sampling import last_of_second, transformers
 from vlmjax.data.video import Limits, load_video, open_video, read_frames
@@ -252,3 +254,25 @@ def test_paths_that_are_no_files(tmp_path):
 
 def test_numbered_frames_survive():
     assert [frame_number(numbered_frame(k)) for k in (0, 1, 999, 65535)] == [0, 1, 999, 65535]
+
+
+def test_pictures_that_nothing_refers_to_are_skipped(make_video, monkeypatch):
+    options = {"x264-params": "bframes=6:b-adapt=0:b-pyramid=normal:ref=3"}
+    path = make_video("pyramid.mp4", REGULAR, gop=40, **options)
+    whole = open_video(path, fps=25, max_frames=90)
+    expected = dict(zip(whole.pts, read_frames(whole), strict=True))
+    decode, decoded = video._decode, []
+
+    def counted(*args):
+        for frame in decode(*args):
+            decoded.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(video, "_decode", counted)
+    for seed in range(8):
+        pts = np.sort(np.random.default_rng(seed).choice(whole.pts, 9, replace=False))
+        chosen = dataclasses.replace(whole, pts=tuple(pts.tolist()))
+        decoded.clear()
+        for time, frame in zip(pts, read_frames(chosen), strict=True):
+            np.testing.assert_array_equal(frame, expected[time])
+        assert len(decoded) < 60

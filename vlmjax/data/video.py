@@ -143,7 +143,7 @@ def read_frames(video: Video, limits: Limits = DEFAULT_LIMITS) -> Iterator[np.nd
     """Yields u8[h, w, 3] for each chosen frame in order; holds one frame at a time."""
     left = Counter(video.pts)
     with _opened(video.source, limits) as (container, stream):
-        for frame in _decode(container, stream, video.source, limits, video.runs):
+        for frame in _decode(container, stream, video.source, limits, video.runs, frozenset(left)):
             repeats = left.pop(frame.pts, 0)
             if not repeats:
                 continue
@@ -290,12 +290,15 @@ def _too_slow(source: Path | bytes, limits: Limits) -> BadRecord:
     )
 
 
-def _decode(
-    container, stream, source: Path | bytes, limits: Limits, runs: frozenset[int] | None = None
-):
-    """Yields the decoded frames of the key-frame runs asked for, in order of presentation."""
+def _decode(container, stream, source, limits, runs=None, wanted=None):
+    """Yields the decoded frames of the key-frame runs asked for, in order of presentation.
+
+    Of H.264, pictures that no other refers to and that are not in `wanted` are left out: about a
+    quarter of the time. Not in interlaced video, where a picture may be two packets.
+    """
     stop = time.monotonic() + limits.deadline
-    context, run, decoding = stream.codec_context, -1, False
+    context, run, decoding, skipping = stream.codec_context, -1, False, False
+    may_skip = runs is not None and wanted is not None and context.name == "h264"
     for packet in container.demux(stream):
         _check_deadline(stop, source, limits)
         if packet.size == 0:
@@ -305,8 +308,13 @@ def _decode(
             continue
         if runs is None or run in runs:
             decoding = True
+            if skipping:
+                context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
             for frame in packet.decode():
                 _check_deadline(stop, source, limits)
+                skipping = may_skip and not frame.interlaced_frame
+                if may_skip and not skipping:
+                    context.skip_frame = "DEFAULT"
                 yield frame
         elif decoding:
             yield from context.decode(None)
