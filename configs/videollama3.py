@@ -46,8 +46,8 @@ MIX = {
     3: {
         "general": (
             9.87,
-            "LLaVA-SFT-665K LLaVA-OV-SI Cambrian-cleaned Pixmo-docs Pixmo-cap Pixmo- "
-            "points Pixmo-cap-qa Pixmo-ask-model-anything",
+            "LLaVA-SFT-665K LLaVA-OV-SI Cambrian-cleaned Pixmo-docs Pixmo-cap "
+            "Pixmo-points Pixmo-cap-qa Pixmo-ask-model-anything",
         ),
         "document": (1.31, "DocVQA Docmatix"),
         "chart": (1.0, "ChartQA MMC_Instruction DVQA LRV_Instruction ChartGemma InfoVQA PlotQA"),
@@ -58,8 +58,8 @@ MIX = {
         "video": (
             2.92,
             "LLaVA-Video-178K ShareGPT4o-Video FineVideo CinePile ShareGemini-k400 "
-            "ShareGemini-WebVID VCG-Human VCG-Plus VideoLLaMA2-in-house in-house- "
-            "temporal-grounding",
+            "ShareGemini-WebVID VCG-Human VCG-Plus VideoLLaMA2-in-house "
+            "in-house-temporal-grounding",
         ),
     },
     4: {

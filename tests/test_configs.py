@@ -1,5 +1,6 @@
 """Configs resolve and their steps lower at full size; the paper's table; what is refused."""
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -13,9 +14,11 @@ import pytest
 from recipes import RECIPES
 from tiny import tiny_config
 
+from configs import common
 from configs.common import SLICES, parse_arg
 from vlmjax import build, sharding
 from vlmjax.batch import empty_batch
+from vlmjax.data.mix import DataConfig
 from vlmjax.nn import REMAT
 from vlmjax.objectives import OBJECTIVES
 from vlmjax.train import loop
@@ -302,7 +305,7 @@ def test_random_init_is_said_in_three_ways(tmp_path):
         (
             "videollama3",
             "stge=1",
-            r"argument 'stge' is unknown; allowed are \['size', 'slice', 'stage'\]",
+            r"argument 'stge' is unknown; allowed are \['data', 'size', 'slice', 'stage'\]",
         ),
         ("videollama3", "stage=one", r"argument stage='one' must be a int"),
         ("demo", "stage=5", r"stage=5 is not allowed; choose one of \[0, 1, 2, 3, 4\]"),
@@ -320,3 +323,23 @@ def test_parse_arg():
     assert parse_arg("c,a=3,d=2,b=y", **defaults) == dict(a=3, b="y", c=True, d=2.0)
     with pytest.raises(ValueError, match="argument c='maybe' must be true or false"):
         parse_arg("c=maybe", **defaults)
+
+
+def test_every_setting_of_the_data_can_be_overridden():
+    """What a config does not have, the command line cannot set."""
+    known = {field.name: field.default for field in dataclasses.fields(DataConfig)}
+    for name, default in common.data().items():
+        assert known.pop(name) == default or name == "pool", name
+    assert set(known) == {"sources", "tokenizer", "budget"}
+
+
+def test_tables_of_videollama3():
+    """Counts of the paper, and sources with the names of what it lists."""
+    for stage, total in ((1, 15.57), (2, 21.97), (3, 19.05), (4, 5.72)):
+        c = importlib.import_module("configs.videollama3").get_config(f"stage={stage},data=d")
+        groups = dict(c.data.groups)
+        assert sum(groups.values()) == pytest.approx(total, abs=0.005)
+        assert {s["group"] for s in c.data.sources} == set(groups)
+        assert c.data.sources[0]["spec"] == f"json:d/{c.data.sources[0]['name']}.jsonl"
+        assert not any("-" in (s["name"][0], s["name"][-1]) for s in c.data.sources)
+        assert c.train.steps == pytest.approx(total * 1e6 / 128, rel=1e-3)

@@ -8,7 +8,7 @@ export    --workdir --output [--config --format]  writes a Hugging Face director
 generate  --model --prompt [--image] [--video]    answers a question
 data pack     --source --output [--media_root]    writes a source as one ArrayRecord file
 data inspect  --config [--source] [--output]      says what is in a config's data; contact sheet
-data index    --config [--workers] [--pixels]     measures the records of a config's data
+data index    --config [--workers] [--kept]       measures the records of a config's data
 data plan     --config                            says what a plan makes of them
 """
 
@@ -125,7 +125,7 @@ def data_index():
 
     run = build.resolve(FLAGS.config)
     budget = build.make_budgets(run)[0]
-    print(data_cli.index(build.open_data(run), budget, FLAGS.workers, FLAGS.pixels))
+    print(data_cli.index(build.open_data(run), budget, FLAGS.workers, FLAGS.kept))
 
 
 def data_plan():

@@ -7,6 +7,7 @@ from PIL import Image
 
 from vlmjax.data import annotation
 from vlmjax.data.grounding import GROUNDING
+from vlmjax.data.health import BadRecord
 from vlmjax.data.processor import Processor, ProcessorConfig, control_tokens
 from vlmjax.data.tokenizer import SPECIAL_TOKENS, byte_tokenizer
 
@@ -220,3 +221,32 @@ def test_templates_of_tokenizers_boxes_and_documents(tmp_path):
     sample = process(annotation.to_record(document, tmp_path, id="d"))
     trained = tokenizer.decode(sample.labels[sample.labels >= 0], skip_special=False)
     assert trained == "One.\nTwo.<|im_end|>" and sample.visual.sum() == 8
+
+
+def test_long_conversations_are_refused_or_cut_at_turns(tmp_path):
+    rounds = [
+        [
+            {"role": "user", "content": f"question {k}?"},
+            {"role": "assistant", "content": "yes. " * 4},
+        ]
+        for k in range(6)
+    ]
+    messages = sum(rounds, [])
+    record = {"id": "a", "messages": messages, "repairs": {"missing_tag": 1}, "dropped_messages": 2}
+    tokenizer = byte_tokenizer()
+    whole = Processor(ProcessorConfig(), tokenizer)(record)
+    assert whole.repairs == {"missing_tag": 1, "dropped_messages": 2}
+    half = len(whole.tokens) // 2
+    with pytest.raises(BadRecord, match="max_length is") as error:
+        Processor(ProcessorConfig(max_length=half), tokenizer)(record)
+    assert error.value.reason == "too_long"
+    cut = Processor(ProcessorConfig(max_length=half, overlong="cut_at_turns"), tokenizer)
+    for pixels in ("blank", "decoded"):
+        sample = cut(record, pixels=pixels)
+        np.testing.assert_array_equal(sample.tokens, whole.tokens[: len(sample.tokens)])
+        assert sample.repairs == whole.repairs | {"cut_messages": 6}
+        np.testing.assert_array_equal(
+            sample.tokens, cut({"id": "a", "messages": messages[:6]}).tokens
+        )
+    with pytest.raises(BadRecord, match="first round of 12 messages does not fit"):
+        Processor(ProcessorConfig(max_length=9, overlong="cut_at_turns"), tokenizer)(record)

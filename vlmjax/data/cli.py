@@ -16,7 +16,7 @@ FLAGS = (
     ("string", "media_root", None, "folder of media that are given by path"),
     ("integer", "samples", 64, "inspect: records of each source to look at"),
     ("integer", "workers", 0, "index: processes; 0 = this one"),
-    ("string", "pixels", "blank", "index: 'blank', from headers; 'decoded', videos pruned"),
+    ("bool", "kept", False, "index: decode, and count the visual tokens of videos that are kept"),
 )
 
 
@@ -61,20 +61,22 @@ def inspect(data, samples, output=None):
     return text
 
 
-def index(data, budget, workers=0, pixels="blank"):
+def index(data, budget, workers=0, kept=False):
     """Makes the length index of each source, or goes on with it; returns a line for each.
 
     Args:
       data: a `mix.Data`.
       budget: the `Budget` of rows.
-      workers, pixels: see `index.build`.
+      workers: see `index.build`.
+      kept: decode everything, and count what is left of videos after pruning.
     """
+    how = dict(workers=workers, pixels="decoded" if kept else "blank")
     if not data.config.index:
         raise ValueError("data.index='' names no folder: give --config.data.index=DIR")
     lines = [f"{name}: not there" for name in data.absent]
     for name, source, processor in zip(data.names, data.sources, data.processors, strict=True):
         folder = mix.index_folder(data, name)
-        found = build(source, processor, budget, folder, workers=workers, pixels=pixels, say=name)
+        found = build(source, processor, budget, folder, say=name, **how)
         sizes = found.sizes[found.usable[:100_000]]
         what = zip(budget.names, sizes.mean(0) if len(sizes) else budget.limits, strict=True)
         means = ", ".join(f"{mean:,.0f} {what}" for what, mean in what if mean)

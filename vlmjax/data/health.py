@@ -74,13 +74,19 @@ class Ledger:
             content = self.file.read_bytes()
             os.truncate(self.file, content.rfind(b"\n") + 1)  # of a line that a crash cut off
 
-    def record(self, source, id, reason, message):
-        """Lists an unusable record of a source by its id; `reason` is a key of `REASONS`."""
+    def count(self, source, id, reason):
+        """Counts an unusable record that another host lists; returns whether it is new."""
         assert reason in REASONS and source in self.sizes, (reason, source)
         known = self.reasons.setdefault(source, {})
         if id in known:
-            return
+            return False
         known[id] = reason
+        return True
+
+    def record(self, source, id, reason, message):
+        """Lists an unusable record of a source by its id; `reason` is a key of `REASONS`."""
+        if not self.count(source, id, reason):
+            return
         entry = {"source": source, "id": id, "reason": reason, "message": message}
         with open(self.file, "a") as file:
             file.write(json.dumps(entry) + "\n")

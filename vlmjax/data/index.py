@@ -5,9 +5,9 @@
 
 Text is tokenised, of a picture the size is read, of a video its packets; nothing is decoded. Sizes
 of videos are those before unchanged parts are pruned, which depends on content: rows planned with
-them always hold the samples. With `pixels="decoded"` everything is decoded and pruned, which takes
-as long as an epoch of loading and fills rows as far as they can be. A record that cannot be used
-is listed with the reason, and no plan has it.
+them always hold the samples. With `pixels="decoded"` (`data index --kept`) everything is decoded
+and pruned, which takes as long as an epoch of loading and fills rows as far as they can be. A
+record that cannot be used is listed with the reason, and no plan has it.
 
 A folder holds sizes.npy, reasons.npy (0 = usable, else the number of a reason), bad.jsonl and
 index.json, which says what the sizes are of. An interrupted pass goes on where it was.

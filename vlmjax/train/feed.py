@@ -113,9 +113,11 @@ def open_feed(run, budgets, mesh, saved, step, workdir):
         )
         return Feed(prefetch(batches), None, identity, ledger, data.absent)
     plan, reader, identity, indices = mix.planned(data, budgets, rows)
-    if jax.process_index() == 0:
-        for name, index in zip(data.names, indices, strict=True):
-            for bad in index.bad():
+    for name, index in zip(data.names, indices, strict=True):
+        for bad in index.bad():  # every host must come to the same verdict
+            if jax.process_index():
+                ledger.count(name, bad["id"], bad["reason"])
+            else:
                 ledger.record(name, bad["id"], bad["reason"], bad["message"])
     ledger.check()
     if saved and check_identity(saved["identity"], identity, step, config.changed_at):

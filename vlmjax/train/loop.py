@@ -188,8 +188,9 @@ def train(config, workdir, tensorboard=False, profile=None):
             metrics.Writer(workdir, run.train.steps, start, tensorboard) as writer,
             checkpoint.Saver(workdir, run.train.keep) as saver,
         ):
-            for name in feed.absent:
-                writer.say(f"source {name} is not there; the run goes on without it")
+            if feed.absent:
+                names = ", ".join(feed.absent)
+                writer.say(f"{len(feed.absent)} sources are not there, left out are {names}")
             if start < run.train.steps:
                 train_steps = compile_steps(run, budgets, program, mesh, writer.say)
             last = time.monotonic()
