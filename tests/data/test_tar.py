@@ -8,6 +8,7 @@ import source_files as files
 
 from vlmjax.data.health import BadRecord
 from vlmjax.data.sources import open_source
+from vlmjax.data.tar import TarSource
 
 SAID = json.dumps({"conversations": files.turns("<image>")}).encode()
 RED = files.picture("red", "PNG")
@@ -143,3 +144,13 @@ def test_shards_that_cannot_be_read_by_offset(tmp_path, damage):
         (tmp_path / "a.tar").write_bytes(damaged)
     with pytest.raises(ValueError, match="a.tar.*cannot be read.*plain .tar files"):
         open_source(f"tar:{tmp_path}/a.tar", tmp_path, 0)
+
+
+def test_many_shards_are_read_by_processes(tmp_path, monkeypatch):
+    for n in range(3):
+        shard(tmp_path, (f"{n}a.txt", b"a"), (f"{n}a.png", RED), ("x.cls", b""), name=f"{n}.tar")
+    one = TarSource(f"{tmp_path}/*.tar", tmp_path)
+    monkeypatch.setattr("vlmjax.data.tar.MANY", 2)
+    many = TarSource(f"{tmp_path}/*.tar", tmp_path)
+    assert one.fingerprint == many.fingerprint and one.ignored == many.ignored
+    assert [one[k] for k in range(3)] == [many[k] for k in range(3)] and len(many) == 3

@@ -11,14 +11,17 @@ out and counted in `ignored`.
 """
 
 import hashlib
+import multiprocessing
 import os
 import posixpath
 import re
 import tarfile
 from collections import Counter
+from concurrent import futures
 from pathlib import PurePosixPath
 
 import numpy as np
+from tqdm import tqdm
 
 from vlmjax.data import rows
 from vlmjax.data.health import BadRecord
@@ -31,6 +34,7 @@ _KIND = dict.fromkeys(IMAGES, 0) | dict.fromkeys(VIDEOS, 1) | {"json": 2, "txt":
 _BAD = KINDS.index("bad")
 _KEY = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")  # up to the first dot of the file's name
 _DIGITS = re.compile(r"(\d+)")
+MANY = 16  # shards, from which on processes are worth their start
 
 
 class TarSource:
@@ -40,9 +44,10 @@ class TarSource:
         self.files, self.media_root = expand(pattern, "tar shard"), media_root
         self.ignored, found = Counter(), hashlib.sha256()
         keys, counts, members, shards = [], [], [], []
-        for number, file in enumerate(self.files):
-            found.update(f"{os.path.basename(file)}\0{os.path.getsize(file)}\0".encode())
-            for key, group in _samples(file, self.ignored, found).items():
+        for number, (digest, ignored, groups) in enumerate(_indexed(self.files)):
+            found.update(digest)
+            self.ignored += ignored
+            for key, group in groups.items():
                 keys.append(key.encode("utf-8", "surrogateescape"))
                 counts.append(len(group))
                 members += group
@@ -132,9 +137,20 @@ def _captioned(text, media, name):
     return {"conversations": turns}
 
 
-def _samples(file, ignored, found):
-    """Returns {key: [(start, stop, kind)]} of a shard; adds to the counts and the digest."""
-    groups = {}
+def _indexed(files):
+    """Yields what `_samples` returns of each shard; of many, read by a process for each core."""
+    if len(files) < MANY:
+        yield from map(_samples, files)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with futures.ProcessPoolExecutor(min(os.cpu_count(), len(files)), spawn) as pool:
+        yield from tqdm(pool.map(_samples, files), "headers", len(files), unit=" shards")
+
+
+def _samples(file):
+    """Returns (digest, counts of what is left out, {key: [(start, stop, kind)]}) of a shard."""
+    groups, ignored = {}, Counter()
+    found = hashlib.sha256(f"{os.path.basename(file)}\0{os.path.getsize(file)}\0".encode())
     try:
         with tarfile.open(file, "r:") as shard:
             while (member := shard.next()) is not None:
@@ -157,10 +173,11 @@ def _samples(file, ignored, found):
             f"tar shard {file!r} cannot be read ({error}), plain .tar files are needed: unpack "
             "compressed ones, fetch damaged ones again"
         ) from error
-    return {
+    ordered = {
         key: [place for _, place in sorted(group, key=lambda member: _natural(member[0]))]
         for key, group in groups.items()
     }
+    return found.digest(), ignored, ordered
 
 
 def _natural(name):
