@@ -63,6 +63,8 @@ def test_lengths_are_those_of_the_samples(tmp_path, pixels):
             assert (found.sizes[k] >= size(sample, BUDGET)).all()
             pruned += tuple(found.sizes[k]) != size(sample, BUDGET)
     assert (pruned > 0) == (pixels == "blank")
+    wanted = index.identity(records, process, BUDGET)  # lengths of both kinds serve a plan
+    assert index.open_index(tmp_path / "index", wanted).digest == found.digest
 
 
 def test_workers_and_interruption_change_nothing(tmp_path, monkeypatch):

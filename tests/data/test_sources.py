@@ -224,7 +224,7 @@ print(sorted({"datasets", "pyarrow", "array_record", "tensorflow_datasets"} & se
         ("tar:https://a/b.tar", "is a URL"),
         ("array_record:https://a/b", "is a URL"),
         ("tfds:gs://a/b", "is a URL"),
-        ("tfds:nowhere", "nowhere has no TFDS split 'train'"),
+        ("tfds:nowhere", "TFDS folder 'nowhere' is not there"),
     ],
 )
 def test_bad_specs(spec, message):

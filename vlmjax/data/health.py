@@ -46,7 +46,7 @@ class Ledger:
     A record is listed and counted once, also when a resumed run meets it again.
     """
 
-    def __init__(self, folder, sizes, quota=0.001, process=0):
+    def __init__(self, folder, sizes, quota=0.001, process=0, role="write"):
         """Opens it, with what earlier runs wrote.
 
         Args:
@@ -55,6 +55,7 @@ class Ledger:
           quota: share of a source's records that may be unusable; one record always may.
           process: which of several hosts this is. Each writes a file of its own, and counts what
             the others had written when it started.
+          role: "write", or "count" where another host meets the same records and writes them.
         """
         if not 0 <= quota <= 1:
             raise ValueError(
@@ -64,7 +65,7 @@ class Ledger:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.file = folder / f"data_errors{f'.{process}' if process else ''}.jsonl"
-        self.sizes, self.quota = dict(sizes), quota
+        self.sizes, self.quota, self.role = dict(sizes), quota, role
         self.repairs = collections.Counter()
         self.reasons = {}  # source -> {id: reason}
         for file in sorted({self.file, *folder.glob("data_errors*.jsonl")}):
@@ -75,7 +76,7 @@ class Ledger:
             os.truncate(self.file, content.rfind(b"\n") + 1)  # of a line that a crash cut off
 
     def count(self, source, id, reason):
-        """Counts an unusable record that another host lists; returns whether it is new."""
+        """Counts an unusable record; returns whether it is new."""
         assert reason in REASONS and source in self.sizes, (reason, source)
         known = self.reasons.setdefault(source, {})
         if id in known:
@@ -85,7 +86,7 @@ class Ledger:
 
     def record(self, source, id, reason, message):
         """Lists an unusable record of a source by its id; `reason` is a key of `REASONS`."""
-        if not self.count(source, id, reason):
+        if not self.count(source, id, reason) or self.role == "count":
             return
         entry = {"source": source, "id": id, "reason": reason, "message": message}
         with open(self.file, "a") as file:

@@ -99,8 +99,13 @@ def open_index(folder, wanted):
     if (reasons == _PENDING).any():
         left = int((reasons == _PENDING).sum())
         raise ValueError(f"the length index in {folder} lacks {left} records still: {how}")
-    sizes = np.load(folder / "sizes.npy", mmap_mode="r")
-    return Index(folder, sizes, reasons, np.flatnonzero(reasons == 0), found["digest"])
+    usable = np.flatnonzero(reasons == 0)
+    return Index(folder, open_sizes(folder), reasons, usable, found["digest"])
+
+
+def open_sizes(folder):
+    """Returns the lengths in a folder, which stay there: only what is asked for is read."""
+    return np.load(Path(folder) / "sizes.npy", mmap_mode="r")
 
 
 def build(source, processor, budget, folder, *, workers=0, pixels="blank", say=None):

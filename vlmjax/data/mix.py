@@ -301,9 +301,12 @@ def planned(data, budgets, rows, mark=None):
       mark: of a plan with this identity, to begin at.
     """
     config, indices = data.config, open_indices(data, budgets[0])
-    records = [_chosen(data, k, found.usable) for k, found in enumerate(indices)]
+    records = [
+        _chosen(data, k, None if len(found.usable) == len(found.sizes) else found.usable)
+        for k, found in enumerate(indices)
+    ]
     mixture, reader, shares = _mixture(data, records)
-    sizes = [_Sizes(found.sizes, r) for found, r in zip(indices, records, strict=True)]
+    sizes = [_Sizes(found.folder, r) for found, r in zip(indices, records, strict=True)]
     identity = {
         "packing": f"plan {VERSION}",
         "seed": data.seed,
@@ -324,10 +327,14 @@ def planned(data, budgets, rows, mark=None):
 
 
 class _Sizes:
-    """Lengths of the records in use, read from the index as they are asked for."""
+    """Lengths of the records in use, read from the index as they are asked for, in any process."""
 
-    def __init__(self, sizes, records):
-        self.sizes, self.records = sizes, records
+    def __init__(self, folder, records):
+        self.folder, self.records = folder, records
+        self.sizes = index.open_sizes(folder)
+
+    def __reduce__(self):
+        return _Sizes, (self.folder, self.records)
 
     def __getitem__(self, at):
-        return self.sizes[self.records[at]]
+        return self.sizes[at if self.records is None else self.records[at]]

@@ -95,7 +95,9 @@ def open_feed(run, budgets, mesh, saved, step, workdir):
             "is the step of the checkpoint from which other data count; set it to 0 for a new run"
         )
     data, config, rows = build.open_data(run), run.data, run.train.rows
-    ledger = Ledger(workdir, data.sizes(), config.quota, jax.process_index())
+    process = jax.process_index()
+    role = "count" if process and not config.index else "write"  # without a plan all read the same
+    ledger = Ledger(workdir, data.sizes(), config.quota, process, role)
     how = dict(form=run.model.form, normalisation=config.normalisation)
     if not config.index:
         mixture, reader, identity = mix.streamed(data)
@@ -115,7 +117,7 @@ def open_feed(run, budgets, mesh, saved, step, workdir):
     plan, reader, identity, indices = mix.planned(data, budgets, rows)
     for name, index in zip(data.names, indices, strict=True):
         for bad in index.bad():  # every host must come to the same verdict
-            if jax.process_index():
+            if process:
                 ledger.count(name, bad["id"], bad["reason"])
             else:
                 ledger.record(name, bad["id"], bad["reason"], bad["message"])
