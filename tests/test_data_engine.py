@@ -2,13 +2,11 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from data_mixture import ROWS, broken, mixture_config, pictures, write
+from processes import finish, start
 
 from vlmjax import build, checkpoint, sharding
 from vlmjax.data import cli, mix
@@ -82,34 +80,11 @@ loop.train(config, folder / "run")
 
 def run_hosts(folder, config, hosts):
     """Trains with so many processes, four devices in all; returns the ids of each step, sorted."""
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(config.to_json_best_effort())
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-        "JAX_NUM_CPU_DEVICES": str(4 // hosts),
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-        "JAX_NUM_PROCESSES": str(hosts),
-    }
     for file in folder.glob("ids*"):
         file.unlink()
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", CODE, str(folder), str(folder / "config.json")],
-            env=env | {"JAX_PROCESS_ID": str(i)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(hosts)
-    ]
-    for process in started:
-        errors = process.communicate(timeout=300)[1]
-        assert process.returncode == 0, errors[-3000:]
+    finish(folder, start(folder, CODE, (folder, folder / "config.json"), hosts, 4))
     lines = [(folder / f"ids{i}").read_text().splitlines() for i in range(hosts)]
     return [sorted(sum(map(json.loads, step), [])) for step in zip(*lines, strict=True)]
 

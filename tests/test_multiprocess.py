@@ -1,16 +1,14 @@
-"""Real processes on one machine, joined by jax.distributed; CPU collectives go through gloo."""
+"""Training in several processes equals training in one, and they leave together."""
 
 import os
 import pickle
 import signal
-import socket
-import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
 import pytest
+from processes import finish, start
 from tiny import tiny_config
 
 from vlmjax import checkpoint
@@ -29,31 +27,6 @@ for name, config in pickle.loads((folder / "configs").read_bytes()).items():
 """
 
 
-def start(folder, num):
-    """Starts `num` processes with two devices together."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-        "JAX_NUM_CPU_DEVICES": str(2 // num),
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-        "JAX_NUM_PROCESSES": str(num),
-    }
-    command, processes = [sys.executable, "-c", CODE, str(folder), str(num)], []
-    for i in range(num):
-        here = env | {"JAX_PROCESS_ID": str(i)}
-        with open(folder / f"log{i}", "w") as log:
-            processes.append(subprocess.Popen(command, env=here, stdout=log, stderr=log))
-    return processes
-
-
-def finish(folder, processes):
-    for i, process in enumerate(processes):
-        assert process.wait(timeout=300) == 0, (folder / f"log{i}").read_text()[-3000:]
-
-
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     """Weights sharded over both; then a stage that starts from these, one copy in each."""
@@ -67,7 +40,7 @@ def test_two_processes_equal_one(tmp_path):
             "two": tiny_config(folder, **stage, mesh=dict(data=2), init=str(folder / "one")),
         }
         (folder / "configs").write_bytes(pickle.dumps(configs))
-        finish(folder, start(folder, num))
+        finish(folder, start(folder, CODE, (folder, num), num, 2))
         losses = [m["loss"] for name in configs for m in metrics.read(folder / name)]
         saved.append((losses, checkpoint.restore_params(folder / "two")[0]))
     (one, whole), (two, cut) = saved
@@ -81,7 +54,7 @@ def test_two_processes_equal_one(tmp_path):
 def test_a_sigterm_to_one_process_stops_both_at_the_same_step(tmp_path):
     config = tiny_config(tmp_path, train__steps=40000, train__log_every=1, mesh=dict(data=2))
     (tmp_path / "configs").write_bytes(pickle.dumps({"run": config}))
-    processes = start(tmp_path, 2)
+    processes = start(tmp_path, CODE, (tmp_path, 2), 2, 2)
     until = time.monotonic() + 200
     while not checkpoint.steps(tmp_path / "run"):
         assert all(p.poll() is None for p in processes) and time.monotonic() < until
