@@ -208,8 +208,9 @@ def test_a_worker_has_no_jax_and_one_thread():
 def test_workers_end_with_their_parent(tmp_path, name):
     script = tmp_path / "parent.py"
     script.write_text(
-        f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
+        f"import signal, sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
         "from test_loading import *\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # the shell may ignore it\n"
         "items = load(Rows(size=10**6), workers=2)\n"
         "next(items)\n"
         "print(*[p.pid for p in processes_of(items)], flush=True)\n"

@@ -30,6 +30,7 @@ class Mixture:
         self.lengths, self.seed, self.round_size = list(lengths), seed, round_size
         self.shares = np.asarray(weights, np.float64) / np.sum(weights)
         self._order = functools.lru_cache(maxsize=4)(self._order)
+        self._block = functools.lru_cache(maxsize=4 * len(lengths))(self._block)
 
     def __reduce__(self):
         return Mixture, (self.lengths, self.shares, self.seed, self.round_size)
@@ -74,10 +75,17 @@ class Mixture:
             found[at] = permuted(ranks[at] % n, n, (self.seed, 1 + source, int(epoch)))
         return found
 
+    def record(self, source, rank):
+        """Returns the record of one draw of a source; those of a thousand are found together."""
+        return int(self._block(source, rank // 1024)[rank % 1024])
+
+    def _block(self, source, number):
+        return self.records(source, np.arange(number * 1024, (number + 1) * 1024))
+
     def __getitem__(self, n):
         """Returns the (source, record) of draw n."""
-        source, record = self.draws(n, n + 1)[0]
-        return int(source), int(record)
+        source, rank = map(int, self.ranks(n, n + 1)[0])
+        return source, self.record(source, rank)
 
     def epochs(self, count):
         """Returns how many draws use every record of every finite source at least `count` times."""

@@ -120,8 +120,7 @@ def packed_batches(
     skipped = list(position.skipped or [0] * len(mixture.lengths))
 
     def read(draw, source, rank):
-        (record,) = mixture.records(source, [rank])
-        sample = reader(source, record)
+        sample = reader(source, mixture.record(source, rank))
         sizes = check_fits(sample, *budgets)
         choices = sum(fits(sizes, budget) for budget in budgets)
         share = float(np.max(sizes / largest))
@@ -133,7 +132,7 @@ def packed_batches(
             try:
                 return read(draw, source, rank + skipped[source])
             except BadRecord as error:
-                (record,) = mixture.records(source, [rank + skipped[source]])
+                record = mixture.record(source, rank + skipped[source])
                 found = Bad(
                     reader.names[source], reader.id(source, record), error.reason, str(error)
                 )
