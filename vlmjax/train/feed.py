@@ -113,7 +113,7 @@ def open_feed(run, budgets, mesh, saved, step, workdir):
             unusable="replace",
             **how,
         )
-        return Feed(prefetch(batches), None, identity, ledger, data.absent)
+        return Feed(prefetch(batches, stall=config.stall), None, identity, ledger, data.absent)
     plan, reader, identity, indices = mix.planned(data, budgets, rows)
     for name, index in zip(data.names, indices, strict=True):
         for bad in index.bad():  # every host must come to the same verdict
