@@ -266,10 +266,10 @@ def streamed(data):
     records = [_chosen(data, k, None) for k in range(len(data.sources))]
     mixture, reader, shares = _mixture(data, records)
     identity = {"packing": "stream", "seed": data.seed} | {
-        f"source {name}": [n, weight]
-        for name, n, weight in zip(data.names, mixture.lengths, shares, strict=True)
+        f"source {s.name}": [source.fingerprint, weight, s.cap]
+        for s, source, weight in zip(data.mixed, data.sources, shares, strict=True)
     }
-    return mixture, reader, identity
+    return mixture, reader, json.loads(json.dumps(identity))
 
 
 def index_folder(data, name):
@@ -291,14 +291,13 @@ def open_indices(data, budget):
     return found
 
 
-def planned(data, budgets, rows, mark=None):
+def planned(data, budgets, rows):
     """Returns (Plan, Reader, identity, indices) of data that have length indices.
 
     Args:
       data: a `Data`.
       budgets: of the buckets.
       rows: of a step.
-      mark: of a plan with this identity, to begin at.
     """
     config, indices = data.config, open_indices(data, budgets[0])
     records = [
@@ -321,7 +320,7 @@ def planned(data, budgets, rows, mark=None):
         for s, found, weight in zip(data.mixed, indices, shares, strict=True)
     }
     draws = mixture.epochs(config.epochs) if config.epochs else None
-    how = dict(window=config.window, balance=config.balance, draws=draws, mark=mark)
+    how = dict(window=config.window, balance=config.balance, draws=draws)
     plan = Plan(mixture, sizes, budgets, rows, **how)
     return plan, reader, json.loads(json.dumps(identity)), indices
 
