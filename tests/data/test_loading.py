@@ -222,7 +222,10 @@ def test_workers_end_with_their_parent(tmp_path, name):
     pids = list(map(int, parent.stdout.readline().split()))
     assert len(pids) == 2
     parent.send_signal(getattr(signal, name))
-    errors = parent.communicate(timeout=20)[1]
+    try:
+        errors = parent.communicate(timeout=20)[1]
+    finally:
+        parent.kill()
     assert errors.count("Traceback") == (name == "SIGINT")  # one, of the parent
     for _ in range(50):
         if not any(running(pid) for pid in pids):
