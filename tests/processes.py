@@ -28,5 +28,10 @@ def start(folder, code, args, num, devices):
 
 def finish(folder, processes):
     """Waits for all; a failed one fails the test with the end of its log."""
-    for i, process in enumerate(processes):
-        assert process.wait(timeout=300) == 0, (folder / f"log{i}").read_text()[-3000:]
+    try:
+        for i, process in enumerate(processes):
+            assert process.wait(timeout=300) == 0, (folder / f"log{i}").read_text()[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()

@@ -142,7 +142,7 @@ print(summary["loss_last"])
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sharded_equals_unsharded(tmp_path):
     """Eight devices in their own process: codes lie like parameters, and are the same bits."""
     code = SHARDED.format(path=sys.path, folder=str(tmp_path))

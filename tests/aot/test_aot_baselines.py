@@ -1,6 +1,6 @@
 """What steps were estimated to need and take when last improved (jax 0.10.2, libtpu 0.0.51).
 
-The larger ones compile for minutes: pytest -m long tests/aot/test_aot_baselines.py
+They compile for minutes: pytest -m long tests/aot/test_aot_baselines.py
 """
 
 import importlib
@@ -10,7 +10,7 @@ import pytest
 from vlmjax import build
 from vlmjax.aot.plan import make_plan
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 # (config, argument, topology, share of supervised tokens):
 #   ({key of the plan: value when last improved}, {key: most allowed})
 BASELINES = {
@@ -34,14 +34,7 @@ LEAST_MFU = 0.50  # of VideoLLaMA3 on v5p
 
 @pytest.mark.parametrize(
     "what",
-    [
-        pytest.param(
-            what,
-            marks=() if what[1].startswith("size=1.5b") else pytest.mark.long,
-            id=" ".join(what[:3]),
-        )
-        for what in BASELINES
-    ],
+    [pytest.param(what, id=" ".join(what[:3])) for what in BASELINES],
 )
 def test_plans_do_not_get_worse(what):
     config, argument, topology, supervised = what
