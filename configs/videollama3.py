@@ -131,7 +131,7 @@ def get_config(arg=None):
             for name in names.split()
         ),
         groups=tuple((group, millions) for group, (millions, _) in MIX[stage].items()),
-        absent="skip",
+        absent="report",
         tokenizer="tokenizer",
         budget=(16384, 40960, 10240, 4),
         media_root=arg["data"],

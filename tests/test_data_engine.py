@@ -222,7 +222,7 @@ def test_groups_caps_absent_sources_and_settings_of_their_own(tmp_path):
         ValueError, match="1 of 3 sources are not there:\n  gone: none.jsonl is not"
     ):
         build.open_data(build.resolve(config))
-    config.data.absent = "skip"
+    config.data.absent = "report"
     make_index(config)
     opened, found = batches(config, tmp_path, 8)
     assert opened.absent == ("gone",) and set(opened.ledger.sizes) == {"shown", "text"}

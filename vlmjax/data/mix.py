@@ -73,7 +73,7 @@ class DataConfig:
       normalisation: of the loss, "token", "sample" or "sqrt".
       media_root: folder that media paths of sources are relative to; they may not leave it.
       groups: ((name, weight), ...).
-      absent: "error" where a source is not there, or "skip": those that are there share the weight
+      absent: "error" where a source is not there, or "report": those that are there share the weight
         of their group, and what is absent is said before the first step.
       pool: samples of look-ahead where rows are packed as records come, without an index.
       index: folder of the length indices that `vlmjax.main data index` makes; rows are planned
@@ -117,7 +117,7 @@ class DataConfig:
                     "pictures; buckets is a tuple of such tuples, the last number that of "
                     "data.budget"
                 )
-        for name, known in (("absent", ("error", "skip")), ("balance", BALANCE)):
+        for name, known in (("absent", ("error", "report")), ("balance", BALANCE)):
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"data.{name}={getattr(self, name)!r} is unknown; choose one of {known}"
@@ -216,7 +216,7 @@ def open_data(config, make_processor, seed):
         raise ValueError(
             f"{len(absent)} of {len(config.mixed)} sources are not there:\n  "
             + "\n  ".join(f"{name}: {why}" for name, why in absent.items())
-            + "\ncorrect data.sources, or set data.absent='skip' to train on those that are"
+            + "\ncorrect data.sources, or set data.absent='report' to train on the rest"
         )
     mixed, sources = zip(*opened, strict=True)
     processors = tuple(made[s.processor] for s in mixed)
