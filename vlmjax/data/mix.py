@@ -73,8 +73,8 @@ class DataConfig:
       normalisation: of the loss, "token", "sample" or "sqrt".
       media_root: folder that media paths of sources are relative to; they may not leave it.
       groups: ((name, weight), ...).
-      absent: "error" where a source is not there, or "report": those that are there share the weight
-        of their group, and what is absent is said before the first step.
+      absent: "error" where a source is not there, or "report": what is absent is said before the
+        first step, and the others of its group share the weight.
       pool: samples of look-ahead where rows are packed as records come, without an index.
       index: folder of the length indices that `vlmjax.main data index` makes; rows are planned
         then. "" = no index: one thread reads and packs, every host all rows.

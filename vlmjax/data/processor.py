@@ -6,7 +6,8 @@
         {"role": "user", "content": [picture, {"type": "text", "text": "What is it?"}]},
         {"role": "assistant", "content": "A cat."}]})
 
-Nothing is cut or skipped: a record that does not fit its budgets is a ValueError with the numbers.
+Nothing is cut but where `overlong` says so, and that is counted: a record that does not fit its
+budgets is a BadRecord with the numbers.
 """
 
 from __future__ import annotations

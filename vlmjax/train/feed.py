@@ -101,7 +101,9 @@ def open_feed(run, budgets, mesh, saved, step, workdir):
     how = dict(form=run.model.form, normalisation=config.normalisation)
     if not config.index:
         mixture, reader, identity = mix.streamed(data)
-        goes_on = saved and check_identity(saved["identity"], identity, step, config.changed_at)
+        goes_on = saved and check_identity(
+            saved.get("identity", {}), identity, step, config.changed_at
+        )
         position = Position(*saved["position"]) if goes_on else Position()
         batches = packed_batches(
             mixture,
@@ -122,7 +124,7 @@ def open_feed(run, budgets, mesh, saved, step, workdir):
             else:
                 ledger.record(name, bad["id"], bad["reason"], bad["message"])
     ledger.check()
-    if saved and check_identity(saved["identity"], identity, step, config.changed_at):
+    if saved and check_identity(saved.get("identity", {}), identity, step, config.changed_at):
         plan.first = Mark(*saved["position"])
     local = sharding.local_rows(mesh, rows)
     how |= dict(workers=config.workers, ahead=config.ahead, stall=config.stall)
