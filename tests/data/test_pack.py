@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from vlmjax.batch import Budget, Form, TowerForm
+from vlmjax.data.health import BadRecord
 from vlmjax.data.mixture import Mixture
 from vlmjax.data.pack import check_fits, first_fit, pack
 from vlmjax.data.reader import Reader
@@ -128,3 +129,33 @@ def test_resumed_stream_equals_the_uninterrupted_one():
         assert a.ids == b.ids and a.position == b.position
         for x, y in zip(*map(jax.tree.leaves, (a.batch, b.batch)), strict=True):
             np.testing.assert_array_equal(x, y)
+
+
+class Half(Numbers):
+    """Two records a source, of which the odd one cannot be used."""
+
+    def id(self, index):
+        return str(index)
+
+
+def half(record):
+    if record["id"] % 2:
+        raise BadRecord("too_long", "odd")
+    return process(record)
+
+
+def test_bad_records_are_replaced_in_every_epoch():
+    def batches(usable):
+        reader = Reader(("half",), [Half()], [usable])
+        how = dict(pool=4, form=Form((TowerForm(2),)), normalisation="token", unusable="replace")
+        return packed_batches(Mixture([2], [1.0], seed=0), reader, [BUDGET], 2, **how)
+
+    found = [p for _, p in zip(range(20), batches(half), strict=False)]
+    assert all(set(p.ids) == {"0"} for p in found)  # epochs without end
+    assert {b.id for p in found for b in p.bad} == {"1"}
+
+    def none(record):
+        raise BadRecord("too_long", "all")
+
+    with pytest.raises(ValueError, match="no record of source 'half' can be used; the last one"):
+        next(batches(none))

@@ -128,7 +128,9 @@ def packed_batches(
 
     def take(draw):
         source, rank = map(int, mixture.ranks(draw, draw + 1)[0])
+        tried = 0
         while True:
+            tried += 1
             try:
                 return read(draw, source, rank + skipped[source])
             except BadRecord as error:
@@ -140,7 +142,8 @@ def packed_batches(
                     raise ValueError(f"record {found.id!r} of {found.source!r}: {error}") from error
                 bad.append(found)
                 skipped[source] += 1
-                if skipped[source] > (mixture.lengths[source] or np.inf):
+                # A good record would have come: at the latest at the end of the next epoch.
+                if tried == 2 * (mixture.lengths[source] or 0):
                     raise ValueError(
                         f"no record of source {found.source!r} can be used; the last one: {error}"
                     ) from error
