@@ -53,6 +53,8 @@ def test_draws_keep_the_weights_and_use_every_record_once_an_epoch():
     np.testing.assert_array_equal(endless, np.arange(len(endless)))
     np.testing.assert_array_equal(mixture.draws(777, 3333), drawn[777:3333])
     assert mixture[4321] == tuple(drawn[4321])
+    again = pickle.loads(pickle.dumps(mixture))
+    assert again.shares.tobytes() == mixture.shares.tobytes()
     once = mixture.draws(0, mixture.epochs(1))
     assert all(len(set(once[once[:, 0] == s, 1])) == n for s, n in ((0, 1000), (2, 50)))
 

@@ -28,12 +28,13 @@ class Mixture:
                 f"and weights {weights}"
             )
         self.lengths, self.seed, self.round_size = list(lengths), seed, round_size
+        self.weights = list(weights)
         self.shares = np.asarray(weights, np.float64) / np.sum(weights)
         self._order = functools.lru_cache(maxsize=4)(self._order)
         self._block = functools.lru_cache(maxsize=4 * len(lengths))(self._block)
 
     def __reduce__(self):
-        return Mixture, (self.lengths, self.shares, self.seed, self.round_size)
+        return Mixture, (self.lengths, self.weights, self.seed, self.round_size)
 
     def _counts(self, rounds):
         """Returns i64[sources]: how often each source is drawn in the first `rounds` rounds."""
