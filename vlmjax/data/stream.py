@@ -90,6 +90,55 @@ def choose_bucket(sizes, budgets, rows, urgent=False):
     return max((o for o in options if o[1][0] is not None or not urgent), key=used)
 
 
+class Draws:
+    """Reads draws of a mixture; a record that cannot be used gives way to the next of its source.
+
+    Attributes:
+      skipped: for each source the records that could not be used so far.
+    """
+
+    def __init__(self, mixture, reader, budgets, skipped, unusable):
+        self.mixture, self.reader, self.budgets = mixture, reader, budgets
+        self.skipped = list(skipped or [0] * len(mixture.lengths))
+        self.unusable = unusable
+        self.largest = np.maximum(np.max([budget.limits for budget in budgets], 0), 1)
+        self.bad = []
+
+    def read(self, draw, source, rank):
+        """Returns the `Waiting` sample of the record at `rank`, or raises `BadRecord`."""
+        sample = self.reader(source, self.mixture.record(source, rank))
+        sizes = check_fits(sample, *self.budgets)
+        choices = sum(fits(sizes, budget) for budget in self.budgets)
+        share = float(np.max(sizes / self.largest))
+        return Waiting(draw, source, rank, sample, sizes, (choices, -share, draw))
+
+    def take(self, draw):
+        """Returns the `Waiting` sample of a draw; raises ValueError if a source has no good one."""
+        source, rank = map(int, self.mixture.ranks(draw, draw + 1)[0])
+        name, tried = self.reader.names[source], 0
+        while True:
+            try:
+                return self.read(draw, source, rank + self.skipped[source])
+            except BadRecord as error:
+                record = self.mixture.record(source, rank + self.skipped[source])
+                id = self.reader.id(source, record)
+                if self.unusable == "raise":
+                    raise ValueError(f"record {id!r} of {name!r}: {error}") from error
+                self.bad.append(Bad(name, id, error.reason, str(error)))
+                self.skipped[source] += 1
+                tried += 1
+                # A good record would have come: at the latest at the end of the next epoch.
+                if tried == 2 * (self.mixture.lengths[source] or 0):
+                    raise ValueError(
+                        f"no record of source {name!r} can be used; the last one: {error}"
+                    ) from error
+
+    def pop_bad(self):
+        """Returns the `Bad` records found since the last call."""
+        bad, self.bad = tuple(self.bad), []
+        return bad
+
+
 def packed_batches(
     mixture, reader, budgets, rows, *, pool, form, normalisation, position=None, unusable="raise"
 ):
@@ -114,44 +163,14 @@ def packed_batches(
       unusable: "raise" for a record that cannot be used, or "replace" it by the next of its source,
         whose later draws all move up: every other record comes once an epoch as before.
     """
-    largest = np.maximum(np.max([budget.limits for budget in budgets], 0), 1)
     reach = pool if len(budgets) == 1 else 8 * pool
-    position, bad = position or Position(), []
-    skipped = list(position.skipped or [0] * len(mixture.lengths))
+    position = position or Position()
+    draws = Draws(mixture, reader, budgets, position.skipped, unusable)
 
-    def read(draw, source, rank):
-        sample = reader(source, mixture.record(source, rank))
-        sizes = check_fits(sample, *budgets)
-        choices = sum(fits(sizes, budget) for budget in budgets)
-        share = float(np.max(sizes / largest))
-        return Waiting(draw, source, rank, sample, sizes, (choices, -share, draw))
-
-    def take(draw):
-        source, rank = map(int, mixture.ranks(draw, draw + 1)[0])
-        tried = 0
-        while True:
-            tried += 1
-            try:
-                return read(draw, source, rank + skipped[source])
-            except BadRecord as error:
-                record = mixture.record(source, rank + skipped[source])
-                found = Bad(
-                    reader.names[source], reader.id(source, record), error.reason, str(error)
-                )
-                if unusable == "raise":
-                    raise ValueError(f"record {found.id!r} of {found.source!r}: {error}") from error
-                bad.append(found)
-                skipped[source] += 1
-                # A good record would have come: at the latest at the end of the next epoch.
-                if tried == 2 * (mixture.lengths[source] or 0):
-                    raise ValueError(
-                        f"no record of source {found.source!r} can be used; the last one: {error}"
-                    ) from error
-
-    following, waiting = position.next, [read(*entry) for entry in position.pool]
+    following, waiting = position.next, [draws.read(*entry) for entry in position.pool]
     while True:
         while len(waiting) < reach and sum(w.sizes[1] > 0 for w in waiting) < pool:
-            waiting.append(take(following))
+            waiting.append(draws.take(following))
             following += 1
         late = following - 4 * reach
         waiting.sort(key=lambda w: (w.draw >= late, w.order))
@@ -167,10 +186,9 @@ def packed_batches(
         batch, stats = pack(chosen, budgets[bucket], form, normalisation)
         ids = tuple(s.id for row in chosen for s in row)
         pooled = tuple((w.draw, w.source, w.rank) for w in waiting)
-        position = Position(following, pooled, tuple(skipped))
+        position = Position(following, pooled, tuple(draws.skipped))
         repairs = repairs_of(s for row in chosen for s in row)
-        yield PackedBatch(batch, bucket, ids, stats, position, tuple(bad), repairs)
-        bad.clear()
+        yield PackedBatch(batch, bucket, ids, stats, position, draws.pop_bad(), repairs)
 
 
 def planned_batches(plan, reader, budgets, local, *, form, normalisation, start=0, **how):
