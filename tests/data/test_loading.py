@@ -161,10 +161,10 @@ def test_a_dead_worker_is_an_error(odd, how):
 
 @pytest.mark.parametrize("workers", (0, 2))
 def test_a_stalled_worker_is_an_error_with_its_stack(workers):
-    items = load(Rows(odd="stalled", at=3), workers=workers, stall=3.0)
+    items = load(Rows(odd="stalled", at=3), workers=workers, stall=8.0)
     crew = processes_of(items) if workers else []
     got = []
-    with pytest.raises(WorkerFailure, match="(?s)nothing for 3 s.*data.stall.*in hang_here"):
+    with pytest.raises(WorkerFailure, match="(?s)nothing for 8 s.*data.stall.*in hang_here"):
         for item in items:
             got.append(item.number)
     assert got == [0, 1, 2]

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from vlmjax.data import image, video
 from vlmjax.data.health import BadRecord
@@ -27,19 +26,19 @@ class Medium:
     width: int
     sources: Sequence  # one per frame: an image source or a VideoFrame
 
-    def frames(self) -> Iterator[Image.Image]:
-        """Yields the decoded RGB frames one by one."""
+    def frames(self) -> Iterator[np.ndarray]:
+        """Yields the decoded frames u8[h, w, 3] one by one."""
         reader, current, at = None, None, -1
         for source in self.sources:
             if not isinstance(source, video.VideoFrame):
-                yield image.load_image(source)
+                yield np.asarray(image.load_image(source))
                 continue
             if source.video is not current or source.index < at:
                 reader, current, at = video.read_frames(source.video), source.video, -1
                 pixels = None
             while at < source.index:
                 pixels, at = next(reader), at + 1
-            yield Image.fromarray(pixels)
+            yield pixels
 
 
 class Media(NamedTuple):

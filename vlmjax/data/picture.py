@@ -14,16 +14,15 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from vlmjax import batch
 from vlmjax.data import units
 from vlmjax.data.arrange import Arrangement, Format, arrange
 from vlmjax.data.coords import COORDS
-from vlmjax.data.resize import blank_rows, patch_rows
+from vlmjax.data.resize import blank, blank_rows, is_blank, patch_rows
 from vlmjax.data.sample import Item, Placement, group_bases, number_tokens
 from vlmjax.data.strategies import Plan, strategy
-from vlmjax.data.views import Tiling, blanks, render
+from vlmjax.data.views import Tiling, render
 
 RESAMPLE = {
     "none": lambda m: units.unpooled(m),
@@ -67,13 +66,6 @@ class PictureConfig:
                 raise ValueError(f"resample has {op}: use one of {sorted(RESAMPLE)}, or ()")
 
 
-class Blank(NamedTuple):
-    """The size of a picture, where its pixels do not matter."""
-
-    width: int
-    height: int
-
-
 class Seen(NamedTuple):
     """A picture or a video: its views, the units of each source, and what stands for it."""
 
@@ -103,21 +95,21 @@ class Show:
         chosen = (*self.plan.image, *self.plan.images, *self.plan.frame)
         return max(getattr(s.settings, "most_patches", 0) for s in chosen)
 
-    def __call__(self, frames: Sequence[Image.Image], *, video: bool, images: int) -> Seen:
+    def __call__(self, frames: Sequence[np.ndarray], *, video: bool, images: int) -> Seen:
         """Returns what the model sees of an image (one frame) or a video.
 
         Args:
-          frames: RGB images, or `Blank`s where pixels do not matter.
+          frames: u8[h, w, 3] pixels, `resize.blank` where only sizes matter.
           video: whether they are frames of a video.
           images: number of images in the sample, those of videos not counted.
         """
         tilings, items = [], [[] for _ in self.form.towers]
         for image in frames:
-            chosen = self.plan(image.width, image.height, images=images, video=video)
+            height, width, _ = image.shape
+            chosen = self.plan(width, height, images=images, video=video)
             tilings.append(chosen)
             for encoder, tiling in enumerate(chosen):
-                views = blanks(tiling) if isinstance(image, Blank) else render(image, tiling)
-                items[encoder] += [self._item(encoder, view) for view in views]
+                items[encoder] += [self._item(encoder, view) for view in render(image, tiling)]
         found = [
             self._units(k, [t[e] for t in tilings], items[e], video)
             for k, e in enumerate(self.form.encoders)
@@ -131,11 +123,10 @@ class Show:
         tower = self.form.towers[encoder]
         h, w = (n // tower.patch for n in view.shape[:2])
         pixels = view[: h * tower.patch, : w * tower.patch]
-        if 0 in pixels.strides:
+        if is_blank(pixels):
             rows = blank_rows(pixels.shape[:2], tower.patch)
         else:
-            image = Image.fromarray(np.ascontiguousarray(pixels))
-            rows = patch_rows(image, pixels.shape[:2], tower.patch, 1)
+            rows = patch_rows(pixels, pixels.shape[:2], tower.patch, 1)
         return Item(
             rows,
             (h, w),
@@ -186,7 +177,7 @@ def row_budget(show: Show, tokens: int, views: int, multiple: int = 1) -> batch.
     of tokens with weights of their own, are a multiple of `multiple` where padding can be added.
     """
     side = 8 * max(tower.patch * max(tower.side, 32) for tower in show.form.towers)
-    image, form = Blank(side, side), show.form
+    image, form = blank(side, side), show.form
     kinds = [(False, 1), (False, 2), (True, 1)]
     shown = [show([image], video=video, images=images) for video, images in kinds]
     number = [sum(item.encoder == 0 for item in seen.items) for seen in shown]

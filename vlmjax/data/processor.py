@@ -24,8 +24,8 @@ from vlmjax.data.derive import OWN, choose_template
 from vlmjax.data.grounding import GROUNDING
 from vlmjax.data.health import BadRecord
 from vlmjax.data.media import Medium, gather
-from vlmjax.data.picture import Blank, PictureConfig, Show, place
-from vlmjax.data.resize import RULES, Clip, blank_rows, patch_rows
+from vlmjax.data.picture import PictureConfig, Show, place
+from vlmjax.data.resize import RULES, Clip, blank, blank_rows, patch_rows
 from vlmjax.data.sample import PRUNE, Item, Sample
 from vlmjax.data.sampling import SAMPLERS
 from vlmjax.data.templates import TEMPLATES
@@ -209,7 +209,7 @@ class Processor:
         """Returns the sample of messages whose pictures are seen as the config's `picture` says."""
         images = sum(not m.is_video for m in media)
         frames = [
-            list(m.frames()) if decode else [Blank(m.width, m.height)] * len(m.sources)
+            list(m.frames()) if decode else [blank(m.height, m.width)] * len(m.sources)
             for m in media
         ]
         seen = [

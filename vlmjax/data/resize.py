@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+
+from vlmjax.data import bicubic
 
 
 class Clip(NamedTuple):
@@ -29,10 +30,8 @@ def resize_videollama3(
     """Returns the resized (height, width) of each clip by the original VideoLLaMA3 rule.
 
     All images and frames of the sample share `max_tokens` visual tokens evenly. Where merge sizes
-    differ
-    inside one sample, every clip is scaled by one common factor instead, and there is no minimum:
-      a side may
-    come out as 0, which the caller must refuse.
+    differ inside one sample, every clip is scaled by one common factor instead, and there is no
+    minimum: a side may come out as 0, which the caller must refuse.
     """
     if len({clip.merge for clip in clips}) > 1:
         return _resize_mixed(clips, patch, max_tokens)
@@ -90,17 +89,25 @@ def resize_transformers(
 RULES = {"videollama3": resize_videollama3, "transformers": resize_transformers}
 
 
-def patch_rows(image: Image.Image, size: tuple[int, int], patch: int, merge: int) -> np.ndarray:
-    """Returns u8[patches, 3 * patch * patch] of an RGB image resized (bicubic) to `size`.
+def patch_rows(pixels: np.ndarray, size: tuple[int, int], patch: int, merge: int) -> np.ndarray:
+    """Returns u8[patches, 3 * patch * patch] of u8[h, w, 3] pixels resized (bicubic) to `size`.
 
     Rows are merge-window-major, each row is channel-major (C, ph, pw).
     """
     height, width = size
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
     windows = (height // (patch * merge), merge, patch, width // (patch * merge), merge, patch, 3)
-    pixels = np.asarray(image).reshape(windows)
+    pixels = bicubic.resize(pixels, size).reshape(windows)
     return pixels.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3 * patch * patch)
+
+
+def blank(height: int, width: int) -> np.ndarray:
+    """Returns u8[height, width, 3] that take no memory, where only the size of pixels matters."""
+    return np.broadcast_to(np.uint8(0), (height, width, 3))
+
+
+def is_blank(pixels: np.ndarray) -> bool:
+    """Returns whether an array was made by `blank` or cut from such."""
+    return not any(pixels.strides)
 
 
 def blank_rows(size: tuple[int, int], patch: int) -> np.ndarray:

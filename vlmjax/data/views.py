@@ -16,7 +16,9 @@ from dataclasses import fields
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+
+from vlmjax.data import bicubic
+from vlmjax.data.resize import blank, is_blank
 
 WHOLE = ((1, 1),)  # `Tiling.maps` of one view
 
@@ -96,13 +98,19 @@ def check_settings(settings, **choices):
             raise ValueError(f"{name}.{field.name} is {value}, it must be at least 1: correct it")
 
 
-def render(image: Image.Image, tiling: Tiling) -> list[np.ndarray]:
-    """Returns u8[h, w, 3] for each view of an RGB image; what views share is computed once."""
-    if (image.height, image.width) != tuple(tiling.size) or image.mode != "RGB":
+def render(image: np.ndarray, tiling: Tiling) -> list[np.ndarray]:
+    """Returns u8[h, w, 3] for each view of a picture; what views share is computed once.
+
+    Of a `resize.blank` picture views are blank too.
+    """
+    image = np.asarray(image)
+    if image.shape != (*tiling.size, 3) or image.dtype != np.uint8:
         raise ValueError(
-            f"the image is {image.mode} {image.width}x{image.height}, its tiling was made for RGB "
-            f"{tiling.size[1]}x{tiling.size[0]}: convert it, or make a tiling of its own size"
+            f"the image is {image.dtype}{list(image.shape)}, its tiling was made for "
+            f"uint8{[*tiling.size, 3]}: convert it, or make a tiling of its own size"
         )
+    if is_blank(image):
+        return [blank(*view.size) for view in tiling.views]
     done = {(): image}
     pixels = []
     for view in tiling.views:
@@ -110,40 +118,30 @@ def render(image: Image.Image, tiling: Tiling) -> list[np.ndarray]:
             if view.ops[:n] not in done:
                 name, *values = view.ops[n - 1]
                 done[view.ops[:n]] = OPERATIONS[name](done[view.ops[: n - 1]], *values)
-        pixels.append(np.asarray(done[view.ops]))
+        pixels.append(done[view.ops])
     return pixels
 
 
-def blanks(tiling: Tiling) -> list[np.ndarray]:
-    """Returns what `render` would but for the pixels, which take no memory."""
-    return [np.broadcast_to(np.uint8(0), (*view.size, 3)) for view in tiling.views]
-
-
-def _resize(image, size):
-    shape = (size[1], size[0])
-    return image if image.size == shape else image.resize(shape, Image.Resampling.BICUBIC)
-
-
 def _sample(image, size):
-    rows, columns = (
-        sample_matrix(n, m) for n, m in zip((image.height, image.width), size, strict=True)
-    )
-    pixels = np.einsum("hi,wj,ijc->hwc", rows, columns, np.asarray(image), optimize=True)
-    return Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))
+    rows, columns = (sample_matrix(n, m) for n, m in zip(image.shape, size, strict=False))
+    pixels = np.einsum("hi,wj,ijc->hwc", rows, columns, image, optimize=True)
+    return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
 
 
 def _pad(image, canvas, place, colour):
-    padded = Image.new("RGB", (canvas[1], canvas[0]), colour)
-    padded.paste(image, (place[1], place[0]))
+    (top, left), (height, width, _) = place, image.shape
+    padded = np.empty((*canvas, 3), np.uint8)
+    padded[:] = colour
+    padded[top : top + height, left : left + width] = image
     return padded
 
 
 def _crop(image, box):
     top, left, height, width = box
-    return image.crop((left, top, left + width, top + height))
+    return image[top : top + height, left : left + width]
 
 
-OPERATIONS = {"resize": _resize, "sample": _sample, "pad": _pad, "crop": _crop}
+OPERATIONS = {"resize": bicubic.resize, "sample": _sample, "pad": _pad, "crop": _crop}
 
 
 @functools.lru_cache(maxsize=64)

@@ -160,7 +160,7 @@ class Stream:
                 f"the stream has {self.num_frames} frames, max_frames is {self.max_frames}: start "
                 "a new stream or raise max_frames"
             )
-        item = self._item(load_image(image))
+        item = self._item(np.asarray(load_image(image)))
         part = {"type": "image", "image": image, "time": time}
         self._append(self._sample({"role": "stream", "content": [part]}, item))
         self._previous, self.num_frames = item.patches, self.num_frames + 1
@@ -187,7 +187,7 @@ class Stream:
 
     def _item(self, image):
         """Returns the `Item` of a decoded frame, pruned against the frame before."""
-        config, shape = self.processor.config, (image.height, image.width)
+        config, shape = self.processor.config, image.shape[:2]
         if self._shape is None:
             frames = [image] * (self.max_frames or 1)
             (self._size,) = self.processor.sizes([Medium("stream", True, *shape, frames)])
