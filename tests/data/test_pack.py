@@ -1,5 +1,7 @@
 """Packing: the layout of a batch, weights, resuming, determinism."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -142,6 +144,33 @@ def half(record):
     if record["id"] % 2:
         raise BadRecord("too_long", "odd")
     return process(record)
+
+
+def some(record):
+    if record["id"] % 7 == 3:
+        raise BadRecord("too_long", "every seventh")
+    return process(record)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_change_nothing(workers):
+    """With records that are asked for before the one in front of them turns out unusable."""
+
+    def batches(position=None, **how):
+        sources = dict(names=("a", "b"), sources=[Half(), Half()], processors=[some, some])
+        how |= dict(pool=12, form=Form((TowerForm(2),)), normalisation="token", unusable="replace")
+        mixture = Mixture([50, 80], [2.0, 1.0], seed=0)
+        return packed_batches(mixture, Reader(**sources), [BUDGET], 2, position=position, **how)
+
+    def told(found, number):
+        return [(p.ids, p.bad, p.position) for p in itertools.islice(found, number)]
+
+    whole = told(batches(), 20)
+    assert sum(len(bad) for _, bad, _ in whole) > 5
+    assert told(batches(workers=workers, ahead=9), 20) == whole
+    middle = whole[8][2]
+    assert middle.pool and any(middle.skipped)
+    assert told(batches(middle, workers=workers, ahead=9), 11) == whole[9:]
 
 
 def test_bad_records_are_replaced_in_every_epoch():

@@ -38,7 +38,7 @@ class WorkerFailure(RuntimeError):
     """What makes rows died or does not come back; says which row, and the stack as far as known."""
 
 
-def load(rows, start=0, *, workers=0, ahead=8, stall=300.0):
+def load(rows, start=0, *, keys=None, workers=0, ahead=8, stall=300.0):
     """Returns an iterator of rows[start], rows[start + 1], ..., up to len(rows) where there is one.
 
     Order and content do not depend on `workers`. Work begins at once. An exception of rows[i] is
@@ -49,6 +49,8 @@ def load(rows, start=0, *, workers=0, ahead=8, stall=300.0):
       rows: picklable where there are workers, with classes from importable modules; rows[i] is a
         pure function of i and gives anything picklable, e.g. a NamedTuple of arrays.
       start: the first row.
+      keys: what is asked for instead of numbers, in order: rows[key] for each. It is iterated
+        while the rows are made, `ahead` of what has come, perhaps in another thread.
       workers: processes; 0 = a thread of this one.
       ahead: rows that are made before they are asked for; at least one a worker.
       stall: seconds without a row after which the worker (or thread) that is to bring the next one
@@ -59,10 +61,11 @@ def load(rows, start=0, *, workers=0, ahead=8, stall=300.0):
             f"start={start}, workers={workers}, ahead={ahead}, stall={stall}: start and workers "
             "may not be negative, ahead is at least 1 and stall above 0 seconds; correct the config"
         )
-    numbers = iter(range(start, len(rows))) if hasattr(rows, "__len__") else itertools.count(start)
+    if keys is None:
+        keys = range(start, len(rows)) if hasattr(rows, "__len__") else itertools.count(start)
     if not workers:
-        return prefetch((rows[number] for number in numbers), ahead, stall)
-    items = _from_processes(rows, numbers, workers, max(ahead, workers), stall)
+        return prefetch((rows[key] for key in keys), ahead, stall)
+    items = _from_processes(rows, iter(keys), workers, max(ahead, workers), stall)
     next(items)  # starts the workers
     return items
 

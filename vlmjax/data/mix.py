@@ -77,13 +77,13 @@ class DataConfig:
         first step, and the others of its group share the weight.
       pool: samples of look-ahead where rows are packed as records come, without an index.
       index: folder of the length indices that `vlmjax.main data index` makes; rows are planned
-        then. "" = no index: one thread reads and packs, every host all rows.
+        then. "" = no index: every host reads all samples and packs them as they come.
       window, balance: of a plan, see `data.plan.Plan`.
       epochs: of a plan: it ends where every record was drawn so often, the last step perhaps with
         empty rows; 0 = without end.
-      workers: processes that load planned rows; 0 = a thread.
-      ahead: rows that a host loads ahead of the device, over all workers.
-      stall: seconds without a row after which a worker counts as lost.
+      workers: processes that load planned rows, or samples where there is no index; 0 = a thread.
+      ahead: rows (samples) that a host loads ahead of the device, over all workers.
+      stall: seconds without one after which a worker counts as lost.
       quota: share of a source's records that may be unusable before the run stops.
       changed_at: the step of the checkpoint from which a run goes on with these data instead of
         others; they begin anew there.

@@ -4,6 +4,8 @@
 a plan, which needs lengths and gives fuller rows, local ones to each host, by worker processes.
 """
 
+import collections
+import contextlib
 import dataclasses
 import itertools
 from typing import NamedTuple
@@ -90,48 +92,94 @@ def choose_bucket(sizes, budgets, rows, urgent=False):
     return max((o for o in options if o[1][0] is not None or not urgent), key=used)
 
 
+class ReadSamples:
+    """rows[source, rank] -> (Sample, its sizes), or `Bad`; picklable, for `loading.load`."""
+
+    def __init__(self, mixture, reader, budgets):
+        self.mixture, self.reader, self.budgets = mixture, reader, budgets
+
+    def __getitem__(self, key):
+        source, rank = key
+        record = self.mixture.record(source, rank)
+        try:
+            sample = self.reader(source, record)
+            return sample, check_fits(sample, *self.budgets)
+        except BadRecord as error:
+            where = self.reader.names[source], self.reader.id(source, record)
+            return Bad(*where, error.reason, str(error))
+
+
 class Draws:
-    """Reads draws of a mixture; a record that cannot be used gives way to the next of its source.
+    """The samples of a mixture's draws, read ahead; iterating gives `Waiting` without end.
+
+    First come those that wait in the pool of a position, then its next draws. A record that cannot
+    be used gives way to the next of its source, whose later draws all move up; what was asked for
+    before that was known is read again.
 
     Attributes:
+      following: the next draw.
       skipped: for each source the records that could not be used so far.
     """
 
-    def __init__(self, mixture, reader, budgets, skipped, unusable):
-        self.mixture, self.reader, self.budgets = mixture, reader, budgets
-        self.skipped = list(skipped or [0] * len(mixture.lengths))
-        self.unusable = unusable
+    def __init__(self, mixture, reader, budgets, position, unusable, **how):
+        self.rows, self.unusable = ReadSamples(mixture, reader, budgets), unusable
         self.largest = np.maximum(np.max([budget.limits for budget in budgets], 0), 1)
-        self.bad = []
+        self.pool, self.following = position.pool, position.next
+        self.skipped = list(position.skipped or [0] * len(mixture.lengths))
+        self.bad, self.asked = [], collections.deque()
+        self.made = load(self.rows, keys=self._keys(self.following), **how)
 
-    def read(self, draw, source, rank):
-        """Returns the `Waiting` sample of the record at `rank`, or raises `BadRecord`."""
-        sample = self.reader(source, self.mixture.record(source, rank))
-        sizes = check_fits(sample, *self.budgets)
-        choices = sum(fits(sizes, budget) for budget in self.budgets)
+    def _keys(self, following):
+        for _, source, rank in self.pool:
+            self.asked.append((source, rank))
+            yield source, rank
+        for draw in itertools.count(following):
+            source, rank = map(int, self.rows.mixture.ranks(draw, draw + 1)[0])
+            self.asked.append((source, rank + self.skipped[source]))
+            yield self.asked[-1]
+
+    def waiting(self):
+        """Returns the `Waiting` of the pool; one that has become unusable is left out."""
+        found = ((entry, self._next(entry[1:])) for entry in self.pool)
+        return [self._waiting(*entry, made) for entry, made in found if made is not None]
+
+    def take(self):
+        """Returns the `Waiting` of the next draw; ValueError if its source has no good record."""
+        draw, mixture = self.following, self.rows.mixture
+        source, rank = map(int, mixture.ranks(draw, draw + 1)[0])
+        rank, self.following, tried = rank + self.skipped[source], draw + 1, 1
+        made = self._next((source, rank))
+        while made is None:
+            # A good record will come: at the latest at the end of the next epoch.
+            if tried == 2 * (mixture.lengths[source] or 0):
+                bad = self.bad[-1]
+                raise ValueError(
+                    f"no record of source {bad.source!r} can be used; the last one: {bad.message}"
+                )
+            tried, rank = tried + 1, rank + 1
+            self.skipped[source] += 1
+            made = self._usable(source, rank)
+        return self._waiting(draw, source, rank, made)
+
+    def _next(self, wanted):
+        made = next(self.made)
+        return self._usable(*wanted, made if self.asked.popleft() == wanted else None)
+
+    def _usable(self, source, rank, made=None):
+        """Returns (Sample, its sizes), or None for a record that is listed as unusable."""
+        made = self.rows[source, rank] if made is None else made
+        if not isinstance(made, Bad):
+            return made
+        if self.unusable == "raise":
+            raise ValueError(f"record {made.id!r} of {made.source!r}: {made.message}")
+        self.bad.append(made)
+        return None
+
+    def _waiting(self, draw, source, rank, made):
+        sample, sizes = made
+        choices = sum(fits(sizes, budget) for budget in self.rows.budgets)
         share = float(np.max(sizes / self.largest))
         return Waiting(draw, source, rank, sample, sizes, (choices, -share, draw))
-
-    def take(self, draw):
-        """Returns the `Waiting` sample of a draw; raises ValueError if a source has no good one."""
-        source, rank = map(int, self.mixture.ranks(draw, draw + 1)[0])
-        name, tried = self.reader.names[source], 0
-        while True:
-            try:
-                return self.read(draw, source, rank + self.skipped[source])
-            except BadRecord as error:
-                record = self.mixture.record(source, rank + self.skipped[source])
-                id = self.reader.id(source, record)
-                if self.unusable == "raise":
-                    raise ValueError(f"record {id!r} of {name!r}: {error}") from error
-                self.bad.append(Bad(name, id, error.reason, str(error)))
-                self.skipped[source] += 1
-                tried += 1
-                # A good record would have come: at the latest at the end of the next epoch.
-                if tried == 2 * (self.mixture.lengths[source] or 0):
-                    raise ValueError(
-                        f"no record of source {name!r} can be used; the last one: {error}"
-                    ) from error
 
     def pop_bad(self):
         """Returns the `Bad` records found since the last call."""
@@ -140,7 +188,17 @@ class Draws:
 
 
 def packed_batches(
-    mixture, reader, budgets, rows, *, pool, form, normalisation, position=None, unusable="raise"
+    mixture,
+    reader,
+    budgets,
+    rows,
+    *,
+    pool,
+    form,
+    normalisation,
+    position=None,
+    unusable="raise",
+    **how,
 ):
     """Yields `PackedBatch` without end.
 
@@ -162,33 +220,32 @@ def packed_batches(
       position: `Position` to resume from.
       unusable: "raise" for a record that cannot be used, or "replace" it by the next of its source,
         whose later draws all move up: every other record comes once an epoch as before.
+      how: `workers`, `ahead` (samples) and `stall` of `loading.load`.
     """
     reach = pool if len(budgets) == 1 else 8 * pool
-    position = position or Position()
-    draws = Draws(mixture, reader, budgets, position.skipped, unusable)
-
-    following, waiting = position.next, [draws.read(*entry) for entry in position.pool]
-    while True:
-        while len(waiting) < reach and sum(w.sizes[1] > 0 for w in waiting) < pool:
-            waiting.append(draws.take(following))
-            following += 1
-        late = following - 4 * reach
-        waiting.sort(key=lambda w: (w.draw >= late, w.order))
-        sizes = [w.sizes for w in waiting]
-        bucket, places = choose_bucket(sizes, budgets, rows, urgent=waiting[0].draw < late)
-        chosen, left = [[] for _ in range(rows)], []
-        for w, row in zip(waiting, places, strict=True):
-            if row is None:
-                left.append(w)
-            else:
-                chosen[row].append(w.sample)
-        waiting = left
-        batch, stats = pack(chosen, budgets[bucket], form, normalisation)
-        ids = tuple(s.id for row in chosen for s in row)
-        pooled = tuple((w.draw, w.source, w.rank) for w in waiting)
-        position = Position(following, pooled, tuple(draws.skipped))
-        repairs = repairs_of(s for row in chosen for s in row)
-        yield PackedBatch(batch, bucket, ids, stats, position, draws.pop_bad(), repairs)
+    draws = Draws(mixture, reader, budgets, position or Position(), unusable, **how)
+    with contextlib.closing(draws.made):
+        waiting = draws.waiting()
+        while True:
+            while len(waiting) < reach and sum(w.sizes[1] > 0 for w in waiting) < pool:
+                waiting.append(draws.take())
+            late = draws.following - 4 * reach
+            waiting.sort(key=lambda w: (w.draw >= late, w.order))
+            sizes = [w.sizes for w in waiting]
+            bucket, places = choose_bucket(sizes, budgets, rows, urgent=waiting[0].draw < late)
+            chosen, left = [[] for _ in range(rows)], []
+            for w, row in zip(waiting, places, strict=True):
+                if row is None:
+                    left.append(w)
+                else:
+                    chosen[row].append(w.sample)
+            waiting = left
+            batch, stats = pack(chosen, budgets[bucket], form, normalisation)
+            ids = tuple(s.id for row in chosen for s in row)
+            pooled = tuple((w.draw, w.source, w.rank) for w in waiting)
+            position = Position(draws.following, pooled, tuple(draws.skipped))
+            repairs = repairs_of(s for row in chosen for s in row)
+            yield PackedBatch(batch, bucket, ids, stats, position, draws.pop_bad(), repairs)
 
 
 def planned_batches(plan, reader, budgets, local, *, form, normalisation, start=0, **how):

@@ -99,6 +99,7 @@ def open_feed(run, budgets, mesh, saved, step, workdir):
     role = "count" if process and not config.index else "write"  # without a plan all read the same
     ledger = Ledger(workdir, data.sizes(), config.quota, process, role)
     how = dict(form=run.model.form, normalisation=config.normalisation)
+    how |= dict(workers=config.workers, ahead=config.ahead, stall=config.stall)
     if not config.index:
         mixture, reader, identity = mix.streamed(data)
         goes_on = saved and check_identity(
@@ -127,7 +128,6 @@ def open_feed(run, budgets, mesh, saved, step, workdir):
     if saved and check_identity(saved.get("identity", {}), identity, step, config.changed_at):
         plan.first = Mark(*saved["position"])
     local = sharding.local_rows(mesh, rows)
-    how |= dict(workers=config.workers, ahead=config.ahead, stall=config.stall)
     start = step - config.changed_at
     batches = planned_batches(plan, reader, budgets, local, start=start, **how)
     return Feed(batches, local, identity, ledger, data.absent)
