@@ -52,6 +52,16 @@ def test_pixels_are_those_of_pillow_at_drawn_sizes():
             np.testing.assert_array_equal(found, np.asarray(whole))
 
 
+def test_without_the_compiler_the_pixels_are_the_same(monkeypatch):
+    rng = np.random.default_rng(3)
+    for before, after in SIZES:
+        pixels = rng.integers(0, 256, (*before, 3), dtype=np.uint8)
+        found = bicubic.resize(pixels, after)
+        with monkeypatch.context() as patch:
+            patch.setattr(bicubic, "numba", None)
+            np.testing.assert_array_equal(bicubic.resize(pixels, after), found)
+
+
 def test_views_and_read_only_pixels_resize_too():
     pixels = np.random.default_rng(2).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     turned = np.rot90(pixels)

@@ -15,6 +15,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 import torchvision_shim
 
 sys.modules["av"] = None  # only videos need it
+sys.modules["numba"] = None  # makes resizing fast, no more
 torchvision_shim.install()
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,

@@ -12,9 +12,13 @@ from __future__ import annotations
 import functools
 import math
 
-import numba
 import numpy as np
-from numba import types
+from PIL import Image
+
+try:
+    import numba
+except ImportError:  # an exported model comes with this file, and needs no more than Pillow
+    numba = None
 
 SHIFT = 22
 BLOCK = 32  # rows side by side in the first pass, so that it too runs along memory
@@ -44,21 +48,32 @@ def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     pixels = np.ascontiguousarray(pixels)
     shrinks = [n - m for n, m in zip(pixels.shape, size, strict=False)]
     for axis in (0, 1) if shrinks[0] > max(0, 2 * shrinks[1]) else (1, 0):
-        n, m = pixels.shape[axis], size[axis]
-        if n == m:
-            continue
-        if axis:
-            resized = np.empty((len(pixels), m, 3), np.uint8)
-            _columns(pixels, *taps(n, m), resized)
-        else:
-            resized = np.empty((m, *pixels.shape[1:]), np.uint8)
-            _rows(pixels.reshape(n, -1), *taps(n, m), resized.reshape(m, -1))
-        pixels = resized
+        if pixels.shape[axis] != size[axis]:
+            pixels = (_by_pillow if numba is None else _one_pass)(pixels, axis, size[axis])
     return pixels
+
+
+def _by_pillow(pixels, axis, m):
+    size = (m, len(pixels)) if axis else (pixels.shape[1], m)
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+
+
+def _one_pass(pixels, axis, m):
+    height, width, _ = pixels.shape
+    if axis:
+        resized = np.empty((height, m, 3), np.uint8)
+        _columns(pixels, *taps(width, m), resized)
+    else:
+        resized = np.empty((m, width, 3), np.uint8)
+        _rows(pixels.reshape(height, -1), *taps(height, m), resized.reshape(m, -1))
+    return resized
 
 
 def _compiled(dimensions):
     """Returns the decorator: compiled once and kept on disk, for pixels read-only or not."""
+    if numba is None:
+        return lambda function: function
+    types = numba.types
     pixels = [types.Array(types.uint8, dimensions, "C", readonly=r) for r in (True, False)]
     of_taps = types.int64[::1], types.int64[::1], types.int32[:, ::1]
     signature = types.void(pixels[0], *of_taps, pixels[1])
