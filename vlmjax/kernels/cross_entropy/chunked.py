@@ -135,8 +135,9 @@ def _backward_rule(chunk, columns, axis, residuals, g):
         d_part = None if d_head is None else jnp.zeros(part.shape, jnp.float32)
         d_rows, d_part = jax.lax.fori_loop(0, num, tokens, (d_rows, d_part))
         if d_head is not None:
-            if axis is not None:
-                d_part = jax.lax.psum_scatter(d_part, axis, tiled=True)
+            if axis is not None:  # summed over chips as every other weight's gradient
+                d_part = jax.lax.psum_scatter(d_part.astype(rows.dtype), axis, tiled=True)
+                d_part = d_part.astype(jnp.float32)
             old = jax.lax.dynamic_slice_in_dim(d_head, start, size, axis=1)
             d_part = jnp.where(jnp.arange(size) >= repeated, d_part, old)
             d_head = jax.lax.dynamic_update_slice_in_dim(d_head, d_part, start, axis=1)
