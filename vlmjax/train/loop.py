@@ -198,7 +198,7 @@ def train(config, workdir, tensorboard=False, profile=None):
                 before = time.monotonic()
                 packed = next(feed.batches)
                 waited += time.monotonic() - before
-                feed.ledger.extend(packed.bad, packed.repairs)
+                feed.record(packed)
                 batch = feed.place(mesh, packed.batch, run.train.rows)
                 state, values = train_steps[packed.bucket](state, batch)
 
@@ -226,7 +226,7 @@ def train(config, workdir, tensorboard=False, profile=None):
                     totals = feed.totals([stats for _, stats in window], run.train.rows)
                     window = [(bucket, s) for (bucket, _), s in zip(window, totals, strict=True)]
                     counts = throughput(run, budgets, window, now - last, program.trained)
-                    writer.write(step, counts | line | feed.ledger.metrics())
+                    writer.write(step, counts | line | feed.health(packed.position))
                     window, waited, last = [], 0.0, now
                 if save:
                     meta = {"position": packed.position, "stage": run.stage}
