@@ -11,8 +11,11 @@ from vlmjax.batch import Budget, Form, TowerForm
 from vlmjax.data import index
 from vlmjax.data.health import BadRecord
 from vlmjax.data.jsonl import JsonSource
+from vlmjax.data.mixture import Mixture
 from vlmjax.data.pack import size
+from vlmjax.data.plan import Plan
 from vlmjax.data.processor import Processor, ProcessorConfig
+from vlmjax.data.reader import PlannedRows, Reader
 from vlmjax.data.tokenizer import byte_tokenizer
 
 BUDGET = Budget(400, (400,), (400,), (4,))
@@ -108,6 +111,30 @@ def test_an_index_of_other_data_is_refused(tmp_path):
         file.write(json.dumps(talk("more", "?")) + "\n")
     with pytest.raises(ValueError, match="made with another source, records"):
         index.build(JsonSource(tmp_path / "rows.jsonl", tmp_path), process, BUDGET, folder)
+
+
+def test_a_record_that_has_grown_is_named_and_its_row_kept(tmp_path):
+    """One of three pictures becomes larger than its index says, first by what the row can spare."""
+    rng, process = np.random.default_rng(0), processor(max_visual_tokens=400)
+    budget = Budget(400, (200,), (200,), (4,))
+    rows = [
+        talk(f"r{i}", "<image>?", image=picture(tmp_path, f"{i}.png", rng, (56, 56)))
+        for i in range(3)
+    ]
+    write(tmp_path / "rows.jsonl", rows)
+    records = JsonSource(tmp_path / "rows.jsonl", tmp_path)
+    found = index.build(records, process, budget, tmp_path / "index")
+    plan = Plan(Mixture([3], [1.0], 0), [found.sizes], [budget], 1, draws=3)
+    packed = PlannedRows(
+        plan, Reader(["r"], [records], [process]), [budget], process.form, "token", (0,)
+    )
+    assert len(plan) == 1 and len(packed[0].ids) == 3
+    picture(tmp_path, "1.png", rng, (64, 64))
+    assert set(packed[0].ids) == {"r0", "r1", "r2"}  # there was room to spare
+    picture(tmp_path, "1.png", rng, (104, 96))
+    (bad,) = packed[0].bad
+    assert bad[:3] == ("r", records.id(1), "too_long") and "length index says" in bad.message
+    assert set(packed[0].ids) == {"r0", "r2"}
 
 
 def test_blank_samples_read_headers_only(tmp_path):

@@ -132,7 +132,7 @@ class Plan:
         start, stop = mark.window * self.window, (mark.window + 1) * self.window
         last = self.total is not None and stop >= self.total
         draws = self.mixture.draws(start, stop if self.total is None else min(stop, self.total))
-        sizes = self._sizes(draws)
+        sizes = self.taken(draws)
         rng = np.random.default_rng((self.mixture.seed, 2**20, mark.window))
         rows, texts = self._pack(sizes, rng)
         if last and (short := -(len(begun) + len(rows)) % self.rows):
@@ -150,7 +150,8 @@ class Plan:
             origin = mark
         return _Window(mark, before, steps, begun + [draws[row] for row in rest], origin)
 
-    def _sizes(self, draws):
+    def taken(self, draws):
+        """Returns i64[n, sizes]: what the sample of each (source, record) takes of a row."""
         found = np.zeros((len(draws), len(self.limits[0])), np.int64)
         for source in np.unique(draws[:, 0]):
             at = draws[:, 0] == source
