@@ -93,6 +93,46 @@ def test_workers_and_interruption_change_nothing(tmp_path, monkeypatch):
     assert len(calls) == 3 + 3  # chunks of before are not measured again
 
 
+def test_media_that_were_repaired_are_measured_again(tmp_path, monkeypatch):
+    """`data index` once more: only records whose media were at fault, whose lines then go."""
+    records, process, folder = source(tmp_path), processor(), tmp_path / "index"
+    first, measured, measure = index.build(records, process, BUDGET, folder), [], index._measure
+    written = (folder / "index.json").stat()
+
+    def counted(*work):
+        measured.extend(work[-1])
+        return measure(*work)
+
+    monkeypatch.setattr(index, "_measure", counted)
+    same(index.build(records, process, BUDGET, folder), first)
+    assert measured == [4] and (folder / "index.json").stat() == written
+    picture(tmp_path, "gone.png", np.random.default_rng(0), (40, 40))
+    again = index.build(records, process, BUDGET, folder)
+    assert measured == [4, 4] and again.digest != first.digest
+    assert [b["record"] for b in again.bad()] == [9]
+    np.testing.assert_array_equal(again.usable, np.delete(np.arange(20), 9))
+    same(index.build(records, process, BUDGET, tmp_path / "new"), again)
+
+
+def test_a_pass_that_was_killed_while_it_wrote(tmp_path, monkeypatch):
+    records, process, folder = source(tmp_path), processor(), tmp_path / "index"
+    whole = index.build(records, process, BUDGET, tmp_path / "whole")
+    index.build(records, process, BUDGET, folder)
+    identity = json.loads((folder / "index.json").read_text())["identity"]
+    (folder / "index.json").write_text(json.dumps({"identity": identity}))
+    with pytest.raises(ValueError, match="lacks 0 records still"):
+        index.open_index(folder, index.identity(records, process, BUDGET))
+    reasons = np.load(folder / "reasons.npy")
+    reasons[8:] = 255
+    np.save(folder / "reasons.npy", reasons)
+    listed = (folder / "bad.jsonl").read_bytes()
+    (folder / "bad.jsonl").write_bytes(listed[:-30])
+    same(index.build(records, process, BUDGET, folder), whole)
+    (folder / "index.json").write_text("")
+    with pytest.raises(ValueError, match="index.json is damaged .*: remove .* and make it with"):
+        index.build(records, process, BUDGET, folder)
+
+
 def test_an_index_of_other_data_is_refused(tmp_path):
     records, process = source(tmp_path), processor()
     folder = tmp_path / "index"
