@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import source_files as files
 
 from vlmjax.data import convert
 from vlmjax.data.health import BadRecord
+from vlmjax.data.shards import AbsentFiles
 from vlmjax.data.sources import open_source
 from vlmjax.data.video import VideoFrame
 
@@ -230,6 +232,19 @@ print(sorted({"datasets", "pyarrow", "array_record", "tensorflow_datasets"} & se
 def test_bad_specs(spec, message):
     with pytest.raises(ValueError, match=message):
         open_source(spec, ".", 0)
+
+
+def test_a_source_that_is_there_in_part_is_not_absent(tmp_path):
+    """It would be left out whole, and the others trained on, where absent sources are reported."""
+    with tarfile.open(tmp_path / "a-0.tar", "w") as tar:
+        files.add(tar, "k.json")
+    with pytest.raises(
+        ValueError, match="2 of the tar shards of .* are not there, 1 are"
+    ) as caught:
+        open_source(f"tar:{tmp_path}/a-{{0..2}}.tar", ".", 0)
+    assert "a-1.tar" in str(caught.value) and not isinstance(caught.value, AbsentFiles)
+    with pytest.raises(AbsentFiles, match="b-0.tar' is no file and matches none"):
+        open_source(f"tar:{tmp_path}/b-{{0..2}}.tar", ".", 0)
 
 
 @pytest.mark.parametrize("kind", ["parquet", "array_record", "tar"])

@@ -146,6 +146,20 @@ def test_shards_that_cannot_be_read_by_offset(tmp_path, damage):
         open_source(f"tar:{tmp_path}/a.tar", tmp_path, 0)
 
 
+@pytest.mark.parametrize("size", [-512, -1024])
+def test_members_that_lead_back(tmp_path, size):
+    """Sizes below nothing, with which reading headers would go round for ever or skip members."""
+    shard(tmp_path, *[(f"{k}.json", SAID) for k in range(3)])
+    data = bytearray((tmp_path / "a.tar").read_bytes())
+    second = data.index(b"1.json")
+    header = tarfile.TarInfo("1.json")
+    header.size = size
+    data[second : second + 512] = header.tobuf(tarfile.GNU_FORMAT)
+    (tmp_path / "a.tar").write_bytes(data)
+    with pytest.raises(ValueError, match=f"a.tar.*cannot be read .a member of size {size}"):
+        open_source(f"tar:{tmp_path}/a.tar", tmp_path, 0)
+
+
 def test_many_shards_are_read_by_processes(tmp_path, monkeypatch):
     for n in range(3):
         shard(tmp_path, (f"{n}a.txt", b"a"), (f"{n}a.png", RED), ("x.cls", b""), name=f"{n}.tar")

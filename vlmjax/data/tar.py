@@ -153,8 +153,12 @@ def _samples(file):
     found = hashlib.sha256(f"{os.path.basename(file)}\0{os.path.getsize(file)}\0".encode())
     try:
         with tarfile.open(file, "r:") as shard:
+            last = -1
             while (member := shard.next()) is not None:
                 shard.members.clear()  # it keeps them all
+                if member.size < 0 or member.offset <= last:  # as headers can say, without end
+                    raise tarfile.ReadError(f"a member of size {member.size} that leads back")
+                last = member.offset
                 place = (member.offset_data, member.offset_data + member.size)
                 found.update(
                     f"{member.name}\0{place}{member.mtime}{member.chksum}\0".encode(
