@@ -192,6 +192,20 @@ def test_boxes_and_documents_survive_packing(media, tmp_path):
         assert plain(packed[i]) == plain(source[i])
 
 
+def test_packing_leaves_out_what_json_cannot_hold(media, tmp_path):
+    scored = {"type": "image", "image": "in/a.png", "score": float("nan")}
+    rows = [
+        {"id": "good", "conversations": files.turns("")},
+        {"id": "half", "conversations": files.turns("\ud83d")},
+        {"id": "nan", "messages": [_turn("user", [scored]), _turn("assistant", "a")]},
+        {"id": "last", "conversations": files.turns("")},
+    ]
+    source = open_source(files.write_jsonl(tmp_path / "a.jsonl", rows), media, 0)
+    assert convert.pack(source, tmp_path / "a.array_record") == (2, {"malformed": 2})
+    listed = (tmp_path / "a.array_record.errors.jsonl").read_text()
+    assert "record 'half' cannot be written" in listed and "record 'nan' cannot" in listed
+
+
 def test_tfds_and_array_record_without_tensorflow(specs, media):
     code = f"""
 import sys
