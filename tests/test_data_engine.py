@@ -202,6 +202,7 @@ def test_other_data_are_refused_or_accepted_from_a_step_on(tmp_path):
     config.data.changed_at = 0
     (anew,) = batches(config, tmp_path / "new", 1)[1]
     assert anew.ids == first.ids
+    assert meta["identity"]["numpy"] == ".".join(np.__version__.split(".")[:2])
     config.data.changed_at = 9
     with pytest.raises(ValueError, match="changed_at=9 lies behind step 0"):
         batches(config, tmp_path / "new", 1)

@@ -22,6 +22,8 @@ from vlmjax.data.reader import Reader
 from vlmjax.data.shards import AbsentFiles
 from vlmjax.data.sources import open_source
 
+NUMPY = ".".join(np.__version__.split(".")[:2])  # which may draw other numbers from one seed
+
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
@@ -283,7 +285,8 @@ def _chosen(data, k, usable):
     if not cap or not hasattr(source, "__len__"):
         return usable
     usable = np.arange(len(source)) if usable is None else usable
-    return np.sort(usable[permuted(np.arange(min(cap, len(usable))), len(usable), (data.seed, 0))])
+    kept = permuted(np.arange(min(cap, len(usable))), len(usable), [(data.seed, 0)])
+    return np.sort(usable[kept])
 
 
 def _mixture(data, records):
@@ -303,7 +306,7 @@ def streamed(data):
     """Returns (Mixture, Reader, identity) of data that are packed as they come."""
     records = [_chosen(data, k, None) for k in range(len(data.sources))]
     mixture, reader, shares = _mixture(data, records)
-    identity = {"packing": "stream", "seed": data.seed} | {
+    identity = {"packing": "stream", "seed": data.seed, "numpy": NUMPY} | {
         f"source {s.name}": [source.fingerprint, weight, s.cap]
         for s, source, weight in zip(data.mixed, data.sources, shares, strict=True)
     }
@@ -347,6 +350,7 @@ def planned(data, budgets, rows):
     identity = {
         "packing": f"plan {VERSION}",
         "seed": data.seed,
+        "numpy": NUMPY,
         "rows": rows,
         "budgets": [list(b.limits) for b in budgets],
         "window": config.window,

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 BALANCE = ("step", "none")
-VERSION = 1  # of the rules below: other rows for the same lengths need another number
+VERSION = 2  # of the rules below: other rows for the same lengths need another number
 
 
 class Step(NamedTuple):
@@ -214,7 +214,7 @@ def best_fit(shares):
     for i in np.argsort(-shares.max(1, initial=0), kind="stable"):
         share = shares[i]
         after = taken[:, :used] + share[:, None]
-        score = weights @ after
+        score = (weights[:, None] * after).sum(0)  # `@` rounds as the BLAS of the machine does
         score[after.max(0, initial=0) > 1 + 1e-9] = -1  # a slot is more than that
         row = int(score.argmax()) if used else 0
         if not used or score[row] < 0:
