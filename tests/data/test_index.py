@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from vlmjax.batch import Budget, Form, TowerForm
 from vlmjax.data import index
 from vlmjax.data.health import BadRecord
 from vlmjax.data.jsonl import JsonSource
+from vlmjax.data.loading import WorkerFailure
 from vlmjax.data.mixture import Mixture
 from vlmjax.data.pack import size
 from vlmjax.data.plan import Plan
@@ -71,7 +74,7 @@ def test_lengths_are_those_of_the_samples(tmp_path, pixels):
 
 
 def test_workers_and_interruption_change_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(index, "CHUNK", 4)
+    monkeypatch.setitem(index.CHUNK, "blank", 4)
     records, process = source(tmp_path), processor()
     whole = index.build(records, process, BUDGET, tmp_path / "whole")
     same(index.build(records, process, BUDGET, tmp_path / "two", workers=2), whole)
@@ -131,6 +134,24 @@ def test_a_pass_that_was_killed_while_it_wrote(tmp_path, monkeypatch):
     (folder / "index.json").write_text("")
     with pytest.raises(ValueError, match="index.json is damaged .*: remove .* and make it with"):
         index.build(records, process, BUDGET, folder)
+
+
+class Fatal(JsonSource):
+    """Its seventh record ends the process that reads it, as a decoder can."""
+
+    def __getitem__(self, index):
+        if index == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def test_a_record_that_kills_its_process_is_named(tmp_path):
+    write(tmp_path / "rows.jsonl", [talk(f"r{i}", "?") for i in range(12)])
+    work = (Fatal(tmp_path / "rows.jsonl", tmp_path), processor(), BUDGET, tmp_path / "index")
+    with pytest.raises(
+        WorkerFailure, match=r"was killed by SIGKILL .*before it made rows \[range\(7, 8\)"
+    ):
+        index.build(*work, workers=1, pixels="decoded")
 
 
 def test_an_index_of_other_data_is_refused(tmp_path):

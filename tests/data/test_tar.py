@@ -1,6 +1,9 @@
 """Tar shards: grouping, order, and members that must never be followed."""
 
 import json
+import pickle
+import subprocess
+import sys
 import tarfile
 
 import pytest
@@ -160,11 +163,19 @@ def test_members_that_lead_back(tmp_path, size):
         open_source(f"tar:{tmp_path}/a.tar", tmp_path, 0)
 
 
-def test_many_shards_are_read_by_processes(tmp_path, monkeypatch):
+def test_many_shards_are_read_by_processes(tmp_path):
     for n in range(3):
         shard(tmp_path, (f"{n}a.txt", b"a"), (f"{n}a.png", RED), ("x.cls", b""), name=f"{n}.tar")
     one = TarSource(f"{tmp_path}/*.tar", tmp_path)
-    monkeypatch.setattr("vlmjax.data.tar.MANY", 2)
-    many = TarSource(f"{tmp_path}/*.tar", tmp_path)
+    script = tmp_path / "open.py"  # that has no guard: whoever imports it opens the shards
+    script.write_text(
+        "import pickle, sys, vlmjax.data.tar as tar\n"
+        "tar.MANY = 2\n"
+        f"source = tar.TarSource({f'{tmp_path}/*.tar'!r}, {str(tmp_path)!r})\n"
+        "sys.stdout.buffer.write(pickle.dumps(source))\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    many = pickle.loads(done.stdout)
     assert one.fingerprint == many.fingerprint and one.ignored == many.ignored
     assert [one[k] for k in range(3)] == [many[k] for k in range(3)] and len(many) == 3

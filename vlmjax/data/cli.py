@@ -70,7 +70,7 @@ def index(data, budget, workers=0, kept=False):
       workers: see `index.build`.
       kept: decode everything, and count what is left of videos after pruning.
     """
-    how = dict(workers=workers, pixels="decoded" if kept else "blank")
+    how = dict(workers=workers, pixels="decoded" if kept else "blank", stall=data.config.stall)
     if not data.config.index:
         raise ValueError("data.index='' names no folder: give --config.data.index=DIR")
     lines = [f"{name}: not there" for name in data.absent]

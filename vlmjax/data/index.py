@@ -14,22 +14,24 @@ index.json, which says what the sizes are of, with a digest once all are there. 
 goes on where it was; a finished index is made once more for the records whose media were at fault.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import os
-from concurrent import futures
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from vlmjax.data.health import REASONS, BadRecord
+from vlmjax.data.loading import load
 from vlmjax.data.pack import check_fits
 
-CHUNK = 512  # records that a worker measures at a time
-PIXELS = ("blank", "decoded")
+# What is measured, and how many records a worker does at a time: of these the parent hears nothing
+# for as long as they take, and does not know which of them has killed the worker.
+CHUNK = {"blank": 128, "decoded": 1}
+PIXELS = tuple(CHUNK)
 _NAMES = tuple(REASONS)
 _PENDING = 255  # in reasons.npy
 # Media are files of their own, which may be repaired: these are looked at again.
@@ -125,7 +127,7 @@ def open_sizes(folder):
     return np.load(Path(folder) / "sizes.npy", mmap_mode="r")
 
 
-def build(source, processor, budget, folder, *, workers=0, pixels="blank", say=None):
+def build(source, processor, budget, folder, *, workers=0, pixels="blank", stall=300.0, say=None):
     """Measures every record that `folder` does not have yet; returns its `Index`.
 
     Args:
@@ -135,6 +137,7 @@ def build(source, processor, budget, folder, *, workers=0, pixels="blank", say=N
       folder: made when absent.
       workers: processes; 0 = in this one.
       pixels: "blank" or "decoded".
+      stall: seconds after which a worker that has measured nothing counts as lost.
       say: name in the progress bar; None = no bar.
     """
     if pixels not in PIXELS:
@@ -148,36 +151,50 @@ def build(source, processor, budget, folder, *, workers=0, pixels="blank", say=N
     reasons = np.load(folder / "reasons.npy", mmap_mode="r+")
     done = "digest" in found
     again = [1 + _NAMES.index(reason) for reason in _OF_MEDIA]
-    chunks = _chunks(np.isin(reasons, again) if done else reasons == _PENDING)
-    work = (source, processor, budget, wanted["pixels"])
+    due = np.isin(reasons, again) if done else reasons == _PENDING
+    chunks = _chunks(due, CHUNK[wanted["pixels"]])
+    measured = load(
+        _Measured(source, processor, budget, wanted["pixels"]),
+        keys=chunks,
+        workers=workers,
+        ahead=max(4 * workers, 1),
+        stall=stall,
+    )
     _end_line(folder / "bad.jsonl")
     with (
+        contextlib.closing(measured),
         open(folder / "bad.jsonl", "a") as bad,
         tqdm(total=sum(map(len, chunks)), unit=" records", desc=say, disable=say is None) as bar,
     ):
-        for chunk, (rows, why, errors) in _measured(work, chunks, workers):
+        for chunk, (rows, why, errors) in zip(chunks, measured, strict=True):
             bar.update(len(chunk))
-            if done and (why == reasons[chunk]).all():
+            at = list(chunk)
+            if done and (why == reasons[at]).all():
                 continue
             if done:  # until it is finished anew nobody may take it for what the digest says
                 _replace(folder / "index.json", json.dumps({"identity": wanted}, indent=1))
                 done = False
             bad.writelines(json.dumps(error) + "\n" for error in errors)
             bad.flush()
-            sizes[chunk] = rows
+            sizes[at] = rows
             sizes.flush()
-            reasons[chunk] = why  # last: a chunk counts when this is written
+            reasons[at] = why  # last: a chunk counts when this is written
             reasons.flush()
     if not done:
         _finish(folder, wanted, sizes, reasons)
     return open_index(folder, wanted)
 
 
-def _chunks(due):
-    """Returns lists of the numbers of records that are due, those of one chunk in each."""
+def _chunks(due, size):
+    """Returns the numbers of records that are due, those of one chunk in each."""
     numbers = np.flatnonzero(due)
-    cuts = np.flatnonzero(np.diff(numbers // CHUNK)) + 1
-    return [part.tolist() for part in np.split(numbers, cuts) if len(part)]
+    cuts = np.flatnonzero(np.diff(numbers // size)) + 1
+    chunks = [tuple(part.tolist()) for part in np.split(numbers, cuts) if len(part)]
+    whole = [range(chunk[0], chunk[-1] + 1) for chunk in chunks]  # as short as messages want it
+    return [
+        each if len(each) == len(chunk) else chunk
+        for each, chunk in zip(whole, chunks, strict=True)
+    ]
 
 
 def _begin(folder, wanted, width):
@@ -215,31 +232,14 @@ def _end_line(file):
         os.truncate(file, content.rfind(b"\n") + 1)
 
 
-def _measured(work, chunks, workers):
-    """Yields (chunk, what `_measure` returns), in any order."""
-    if not workers:
-        yield from ((chunk, _measure(*work, chunk)) for chunk in chunks)
-        return
-    spawn = multiprocessing.get_context("spawn")
-    with futures.ProcessPoolExecutor(workers, spawn, _set_work, (work,)) as pool:
-        made = {pool.submit(_measure_here, chunk): chunk for chunk in chunks}
-        try:
-            for future in futures.as_completed(made):
-                yield made.pop(future), future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+class _Measured:
+    """Chunks as they are measured, for workers."""
 
+    def __init__(self, *work):
+        self.work = work
 
-_work = None  # of a worker process
-
-
-def _set_work(work):
-    global _work
-    _work = work
-
-
-def _measure_here(chunk):
-    return _measure(*_work, chunk)
+    def __getitem__(self, chunk):
+        return _measure(*self.work, chunk)
 
 
 def _measure(source, processor, budget, pixels, chunk):
