@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -190,6 +191,48 @@ def test_boxes_and_documents_survive_packing(media, tmp_path):
     packed = open_source(f"array_record:{tmp_path}/a.array_record", media, 0)
     for i in range(2):
         assert plain(packed[i]) == plain(source[i])
+
+
+def test_few_of_many_files_are_open_at_a_time(media, tmp_path):
+    from vlmjax.data.array_record import OPEN
+
+    rows = [{"id": f"{k}", "conversations": files.turns("")} for k in range(2)]
+    source = open_source(files.write_jsonl(tmp_path / "a.jsonl", rows), media, 0)
+    for k in range(OPEN + 40):
+        if k:
+            shutil.copy(tmp_path / "0.array_record", tmp_path / f"{k}.array_record")
+        else:
+            convert.pack(source, tmp_path / "0.array_record")
+    many = open_source(f"array_record:{tmp_path}/*.array_record", media, 0)
+    assert len(many) == 2 * (OPEN + 40) and len(many[-1]["messages"]) == 2
+    ids = [many[k]["id"] for k in range(len(many))]
+    assert ids == ["0", "1"] * (OPEN + 40)
+    opened = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+    assert sum(str(tmp_path.resolve()) in file for file in opened) == OPEN
+
+
+@pytest.mark.parametrize(
+    "said,kind",
+    [
+        ("open() failed: Too many open files; opening a", OSError),
+        ("pread() failed: Input/output error", OSError),
+        ("open() failed: No such file or directory; opening a", BadRecord),
+        ("Corrupted Riegeli/records file", BadRecord),
+    ],
+)
+def test_a_failing_machine_is_not_a_bad_record(media, tmp_path, monkeypatch, said, kind):
+    from vlmjax.data import array_record
+
+    def failing(*file):
+        raise RuntimeError(said)
+
+    rows = [{"conversations": files.turns("")}]
+    source = open_source(files.write_jsonl(tmp_path / "a.jsonl", rows), media, 0)
+    convert.pack(source, tmp_path / "a.array_record")
+    packed = open_source(f"array_record:{tmp_path}/a.array_record", media, 0)
+    monkeypatch.setattr(array_record, "_reader", failing)
+    with pytest.raises(kind, match=said.partition(";")[0].replace("(", ".").replace(")", ".")):
+        packed[0]
 
 
 def test_packing_leaves_out_what_json_cannot_hold(media, tmp_path):
