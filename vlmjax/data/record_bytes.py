@@ -21,7 +21,11 @@ _LENGTH = 4
 
 
 def encode(record):
-    """Returns the bytes of a record whose media are paths, bytes of files or frames of videos."""
+    """Returns the bytes of a record whose media are paths, bytes of files or frames of videos.
+
+    Raises:
+      BadRecord: what it holds has no place in UTF-8 or JSON, or a medium is not there.
+    """
     blobs, places, videos = [], {}, []
 
     def blob(source):
@@ -58,7 +62,12 @@ def encode(record):
         for v in videos
     ]
     header["blobs"] = [len(data) for data in blobs]
-    text = json.dumps(header, ensure_ascii=False, allow_nan=False).encode()
+    try:
+        text = json.dumps(header, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, TypeError, RecursionError) as error:  # half an emoji, NaN, a date
+        raise BadRecord(
+            "malformed", f"record {record['id']!r} cannot be written as JSON ({error}): repair it"
+        ) from error
     return b"".join([len(text).to_bytes(_LENGTH, "little"), text, *blobs])
 
 
