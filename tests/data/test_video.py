@@ -139,6 +139,22 @@ def test_content_decides_not_the_extension(make_video, tmp_path):
     assert len(load_video(wrong)[0]) == 3
 
 
+@pytest.mark.parametrize("name", ["tag.avi", "tag.mkv", "tag.mp4"])
+def test_tags_may_be_in_any_encoding(tmp_path, name):
+    with av.open(str(tmp_path / name), "w") as container:
+        container.metadata["title"] = "XXcafeXX"
+        stream = container.add_stream("mpeg4", rate=1)
+        stream.width = stream.height = 64
+        for number in range(2):
+            frame = av.VideoFrame.from_ndarray(numbered_frame(number), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    data = (tmp_path / name).read_bytes()
+    latin = data.replace(b"cafe", b"caf\xe9")
+    assert latin != data
+    assert [frame_number(frame) for frame in load_video(latin)[0]] == [0, 1]
+
+
 @pytest.mark.parametrize(
     "content,what",
     [

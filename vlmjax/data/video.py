@@ -97,8 +97,14 @@ def open_video(
         raise ValueError(f"frame sampling {sampling!r} is unknown: use one of {sorted(SAMPLERS)}")
     if isinstance(source, bytes):
         check_bytes(source, "video")
-    else:
+    elif isinstance(source, (str, Path)):
         source = check_path(source, "video")
+    else:
+        raise BadRecord(
+            "malformed",
+            f"video source is a {type(source).__name__}; give a path, bytes or an array "
+            "uint8[t, h, w, 3]",
+        )
     with _opened(source, limits) as (container, stream):
         timeline = _timeline(container, stream, source, limits)
         base = stream.time_base
@@ -184,7 +190,9 @@ def _opened(source: Path | bytes, limits: Limits):
     }
     file = io.BytesIO(source) if encoded else f"file:{source.resolve()}"
     try:
-        with av.open(file, options=options, timeout=limits.deadline) as container:
+        # Tags may be in any encoding, and nobody reads them.
+        tags = dict(metadata_errors="replace")
+        with av.open(file, options=options, timeout=limits.deadline, **tags) as container:
             if not container.streams.video:
                 raise BadRecord(
                     "damaged_media",
