@@ -161,6 +161,21 @@ def test_bad_records_are_refused(make_processor, record, match):
         make_processor()(record)
 
 
+@pytest.mark.parametrize("key", ["time", "start_time", "end_time"])
+@pytest.mark.parametrize("value", [[1], "1.0", 10**400, float("inf"), float("-inf"), float("nan")])
+def test_times_are_finite_numbers(make_processor, key, value):
+    with pytest.raises(BadRecord, match=f"has {key} .*: give seconds") as error:
+        make_processor()(ask(clip() | {key: value}))
+    assert error.value.reason == "malformed"
+
+
+def test_media_are_files_bytes_or_arrays(make_processor):
+    for part in ({"type": "video", "video": {"a": 1}}, picture({"a": 1})):
+        with pytest.raises(BadRecord, match="source is a dict; give a path") as error:
+            make_processor()(ask(part))
+        assert error.value.reason == "malformed"
+
+
 def test_visual_budget(make_processor):
     process = make_processor(max_visual_tokens=40)
     assert process(ask(picture(), picture())).visual.sum() == 32
