@@ -1,6 +1,8 @@
 """Frame choice against libavfilter's own fps filter, decoding, and refusals."""
 
 import dataclasses
+import os
+import resource
 from fractions import Fraction
 
 import av
@@ -232,6 +234,23 @@ def test_videos_without_pictures(tmp_path):
         container.mux(stream.encode(None))
     with pytest.raises(ValueError, match="sound.mp4.*no video stream"):
         open_video(path)
+
+
+def test_too_many_open_files_are_none_of_the_record(make_video):
+    path, files = make_video("regular_clip.mp4", REGULAR), []
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        most = max(map(int, os.listdir("/proc/self/fd"))) + 2
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, limits[1]))
+        with pytest.raises(OSError, match="Too many open files"):
+            while True:
+                files.append(os.dup(0))
+        with pytest.raises(OSError, match="Too many open files"):
+            open_video(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for file in files:
+            os.close(file)
 
 
 def test_too_short_for_one_period(make_video):

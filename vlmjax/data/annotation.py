@@ -23,6 +23,7 @@ from pathlib import Path
 from vlmjax.data.chat import check_answer, is_time
 from vlmjax.data.grounding import box_part, check_part
 from vlmjax.data.health import BadRecord
+from vlmjax.data.image import check_machine, check_path
 from vlmjax.data.video import VideoFrame, open_video
 
 ROLES = {
@@ -103,8 +104,9 @@ def media_path(root: str | Path, name):
     root = Path(root).resolve()
     try:
         path = (root / name).resolve()
-        inside, found = path.is_relative_to(root), path.is_file()
+        inside = path.is_relative_to(root)
     except (OSError, ValueError, RuntimeError) as e:  # too long, a null byte, a loop of links
+        check_machine(e)
         raise BadRecord("missing_file", f"media path {str(name)[:200]!r} cannot exist: {e}") from e
     if not inside:
         raise BadRecord(
@@ -112,12 +114,7 @@ def media_path(root: str | Path, name):
             f"media path {str(name)!r} leads outside {str(root)!r}: use paths inside the media "
             "folder",
         )
-    if not found:
-        raise BadRecord(
-            "missing_file",
-            f"media path {str(path)!r} is not a file: check the path and the data root",
-        )
-    return path
+    return check_path(path, "media path")
 
 
 def ordinary_messages(annotation: dict) -> tuple[list[dict], dict[str, int]]:

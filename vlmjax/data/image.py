@@ -8,6 +8,7 @@ greyscale keeps its high byte, where `convert` would clip everything above 255 t
 
 from __future__ import annotations
 
+import errno
 import io
 import stat
 import struct
@@ -29,6 +30,17 @@ MAX_ASPECT = 200
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 _DECODE_ERRORS = (OSError, SyntaxError, EOFError, ValueError, struct.error, zlib.error)
+
+# What a name or a file is to blame for. Other errors are of the machine, such as EMFILE or EIO.
+_FILE_ERRORS = ("ENOENT", "ENOTDIR", "EISDIR", "ELOOP", "ENAMETOOLONG", "EACCES", "EPERM", "EINVAL")
+_FILE_ERRNOS = {getattr(errno, name) for name in _FILE_ERRORS}
+
+
+def check_machine(error: Exception) -> None:
+    """Raises an error of the machine again, for which no record must be called bad."""
+    number = getattr(error, "errno", None)  # decoders raise OSErrors without
+    if isinstance(error, OSError) and number is not None and number not in _FILE_ERRNOS:
+        raise error
 
 
 def check_size(height: int, width: int, name: str, max_pixels: int = MAX_PIXELS) -> None:
@@ -62,7 +74,8 @@ def check_path(path: str | Path, kind: str) -> Path:
     path = Path(path)
     try:
         status = path.stat()
-    except (OSError, ValueError):  # ValueError: a NUL byte in the name
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+        check_machine(error)
         status = None
     if status is None or not stat.S_ISREG(status.st_mode):
         raise BadRecord(
@@ -72,6 +85,18 @@ def check_path(path: str | Path, kind: str) -> Path:
     if not status.st_size:
         raise BadRecord("missing_file", f"{kind} {str(path)!r} is empty: fetch it again")
     return path
+
+
+def open_file(path: Path, kind: str):
+    """Opens a file for reading; one that may not be read is a BadRecord."""
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        check_machine(error)
+        raise BadRecord(
+            "missing_file",
+            f"{kind} {str(path)!r} cannot be opened ({error.strerror}): check its permissions",
+        ) from error
 
 
 def check_bytes(data: bytes, kind: str) -> bytes:
@@ -102,6 +127,7 @@ def load_image(source) -> Image.Image:
         try:
             image.load()
         except _DECODE_ERRORS as error:
+            check_machine(error)
             raise BadRecord(
                 "damaged_media",
                 f"{name} cannot be decoded ({error}), whole files are needed: it is damaged or "
@@ -138,7 +164,7 @@ def _opened(source):
         check_bytes(source, "image")
     else:
         source = check_path(source, "image")
-    with io.BytesIO(source) if encoded else open(source, "rb") as file:
+    with io.BytesIO(source) if encoded else open_file(source, "image") as file:
         try:
             image = Image.open(file, formats=FORMATS)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -147,6 +173,7 @@ def _opened(source):
                 f"{name} is too large ({error}), at most {MAX_PIXELS} pixels: shrink the file",
             ) from error
         except _DECODE_ERRORS as error:
+            check_machine(error)
             raise BadRecord(
                 "damaged_media",
                 f"{name} is not a readable image ({error}); allowed formats are "

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 from vlmjax.data.health import BadRecord
-from vlmjax.data.image import check_path
+from vlmjax.data.image import check_path, open_file
 from vlmjax.data.rows import check_size
 from vlmjax.data.video import Video, VideoFrame
 
@@ -108,10 +108,8 @@ def _content(source):
         return source
     path = check_path(source, "media path")
     check_size(path.stat().st_size, f"{str(path)!r}")
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise BadRecord("missing_file", f"{str(path)!r} cannot be read: {error}") from error
+    with open_file(path, "media path") as file:
+        return file.read()
 
 
 def _video(blobs, blob, pts, timestamps, runs, **size):

@@ -8,6 +8,7 @@ deadline, and runs of packets between key frames that hold no chosen frame are s
 
 from __future__ import annotations
 
+import errno
 import io
 import time
 from collections import Counter
@@ -22,7 +23,7 @@ import av
 import numpy as np
 
 from vlmjax.data.health import BadRecord
-from vlmjax.data.image import check_bytes, check_path, check_size
+from vlmjax.data.image import check_bytes, check_path, check_size, open_file
 from vlmjax.data.sampling import SAMPLERS
 
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,ivf,nut"
@@ -38,6 +39,8 @@ class Limits(NamedTuple):
 
 
 DEFAULT_LIMITS = Limits()
+# EIO and ENOMEM are not among them: FFmpeg also says so of damaged files.
+_MACHINE_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT}
 
 
 @dataclass(frozen=True)
@@ -219,6 +222,8 @@ def _opened(source: Path | bytes, limits: Limits):
     except av.error.ExitError as error:
         raise _too_slow(source, limits) from error
     except av.error.FFmpegError as error:
+        if error.errno in _MACHINE_ERRNOS:
+            raise
         raise BadRecord(
             "damaged_media",
             f"{name(source)} cannot be read ({error.strerror}); its content is "
@@ -367,7 +372,7 @@ def _sniff(source: Path | bytes) -> str:
     if isinstance(source, bytes):
         head = source[:512]
     else:
-        with open(source, "rb") as file:
+        with open_file(source, "video") as file:
             head = file.read(512)
     for magic, name in _MAGIC:
         if head.startswith(magic):
