@@ -191,3 +191,18 @@ def test_a_file_that_may_not_be_read_is_a_bad_record(tmp_path, monkeypatch):
     with pytest.raises(BadRecord, match="Permission denied.: check its permissions") as caught:
         load_image(path)
     assert caught.value.reason == "missing_file"
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_scans_of_a_jpeg_are_counted_and_limited(progressive):
+    """Marker bytes inside of other segments and behind the end are none."""
+    small = Image.fromarray(PIXELS)
+    exif = Image.Exif()
+    exif[0x010E] = "\xff\xda" * 200
+    data = encoded(small, "JPEG", progressive=progressive, exif=exif) + b"\xff\xda\0\x02" * 200
+    start = data.rindex(b"\xff\xda", 0, data.index(b"\xff\xd9"))
+    scan = data[start : data.index(b"\xff\xd9")]
+    assert load_image(data).size == small.size
+    with pytest.raises(BadRecord, match="has 1.. scans, at most 100 are decoded") as caught:
+        load_image(data[:start] + scan * 120 + data[start:])
+    assert caught.value.reason == "hostile_media"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import io
+import re
 import stat
 import struct
 import warnings
@@ -18,13 +19,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, JpegImagePlugin
 
 from vlmjax.data.health import BadRecord
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 89_000_000  # below Pillow's own warning limit of 89.5 million
 MAX_ASPECT = 200
+MAX_SCANS = 100  # of a JPEG over its pixels; encoders write up to a dozen
 
 # Pillow only warns between one and two times its limit; nobody reads a loader's warnings.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
@@ -61,6 +63,23 @@ def check_size(height: int, width: int, name: str, max_pixels: int = MAX_PIXELS)
             "hostile_media",
             f"{name} is {width}x{height}, the aspect ratio may be at most {MAX_ASPECT}: crop or "
             "tile it",
+        )
+
+
+_JPEG_MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")
+_SCAN, _END = b"\xda", b"\xd9"
+
+
+def check_scans(data: bytes, name: str) -> None:
+    """Raises BadRecord for a JPEG that wants its pixels, however few bytes, gone over for long."""
+    at, scans = 2, 0
+    while (marker := _JPEG_MARKER.search(data, at)) and marker[1] != _END:
+        scans += marker[1] == _SCAN
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    if scans > MAX_SCANS:
+        raise BadRecord(
+            "hostile_media",
+            f"{name} has {scans} scans, at most {MAX_SCANS} are decoded: write it anew",
         )
 
 
@@ -125,7 +144,12 @@ def load_image(source) -> Image.Image:
     with _opened(source) as (image, name):
         check_size(image.height, image.width, name)
         try:
+            if image is not source and isinstance(image, JpegImagePlugin.JpegImageFile):
+                image.fp.seek(0)
+                check_scans(image.fp.read(), name)
             image.load()
+        except BadRecord:
+            raise
         except _DECODE_ERRORS as error:
             check_machine(error)
             raise BadRecord(

@@ -190,7 +190,6 @@ class Processor:
             messages,
             max_frames=config.max_frames,
             max_stream_frames=config.max_stream_frames,
-            decode=decode,
             fps=config.fps,
             sampling=config.frame_sampling,
         )
@@ -208,17 +207,16 @@ class Processor:
     def _shown(self, messages, media, name, generation, decode):
         """Returns the sample of messages whose pictures are seen as the config's `picture` says."""
         images = sum(not m.is_video for m in media)
-        frames = [
-            list(m.frames()) if decode else [blank(m.height, m.width)] * len(m.sources)
-            for m in media
-        ]
-        seen = [
-            self.show(shown, video=m.is_video, images=images)
-            for m, shown in zip(media, frames, strict=True)
-        ]
+
+        def look(frames):
+            return [self.show(frames(m), video=m.is_video, images=images) for m in media]
+
+        seen = look(lambda m: [blank(m.height, m.width)] * len(m.sources))
         pieces = [s.arrangement.pieces for s in seen]
         encoded = self.encode(messages, pieces, seed=name, generation=generation)
         self._check_length(name, encoded)
+        if decode:  # only what fits, one frame after another
+            seen = look(Medium.frames)
         items = tuple(item for s in seen for item in s.items)
         placement = place(seen, encoded, self.form) if seen else None
         return Sample(name, encoded.tokens, encoded.labels, items, encoded.visual, placement)
