@@ -1,19 +1,22 @@
 """Frame choice against libavfilter's own fps filter, decoding, and refusals."""
 
 import dataclasses
+import itertools
 import os
 import resource
 from fractions import Fraction
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 from numbered_frame import frame_number, numbered_frame
 
-from vlmjax.data import video
+from vlmjax.data import video, video_file
 from vlmjax.data.health import BadRecord
 from vlmjax.data.sampling import last_of_second, transformers
-from vlmjax.data.video import Limits, load_video, open_video, read_frames
+from vlmjax.data.video import load_video, open_video, read_frames
+from vlmjax.data.video_file import Limits
 
 REGULAR = [40 * k for k in range(90)]  # 25 frames/s, 3.6 s
 IRREGULAR = list(np.cumsum([40, 40, 320, 80, 1600, 40, 120, 440] * 8).tolist())
@@ -133,6 +136,13 @@ def test_frames_are_read_upright(make_video, tmp_path):
     frames, _ = load_video(turned)  # a phone that was turned: players show it 90 degrees clockwise
     back = np.rot90(frames[0], 1)
     assert frame_number(back) == 24
+
+
+@pytest.mark.parametrize("rotation", range(-180, 181, 30))
+def test_sizes_are_those_of_upright_frames(rotation):
+    pixels = np.zeros((2, 4, 3), np.uint8)
+    frame = SimpleNamespace(rotation=rotation, width=4, height=2, to_ndarray=lambda format: pixels)
+    assert video._size(frame) == video._upright(frame).shape[:2]
 
 
 def test_content_decides_not_the_extension(make_video, tmp_path):
@@ -265,7 +275,8 @@ def test_too_short_for_one_period(make_video):
     "limits,message",
     [
         (Limits(pixels=64 * 63), "64x64 = 4096 pixels, at most 4032"),
-        (Limits(duration=2.0), "90 frames in 3.6 s, at most 2 s"),
+        (Limits(duration=2.0), "50 frames in 2.1 s, at most 2 s"),
+        (Limits(frames=50), "51 frames in 2.1 s, at most .* 50 frames"),
         (Limits(rate=20.0), "90 frames in 3.6 s.*20 frames/s"),
         (Limits(deadline=0.0), "took longer than 0 s"),
         (Limits(deadline=1e-5), "took longer than 1e-05 s"),
@@ -274,6 +285,37 @@ def test_too_short_for_one_period(make_video):
 def test_limits(make_video, limits, message):
     with pytest.raises(ValueError, match=message):
         open_video(make_video("regular_clip.mkv", REGULAR), limits=limits)
+
+
+def test_all_that_reads_a_video_shares_one_deadline(make_video, monkeypatch):
+    """Opening takes 10 s here, decoding as long, and other work does not count."""
+    now = itertools.count()
+    monkeypatch.setattr(video_file.time, "thread_time", lambda: next(now) / 10)
+    path = make_video("regular_clip.mkv", REGULAR)
+    found = open_video(path, limits=Limits(deadline=1000.0))
+    opened = 1000 - found.clock.left
+    assert 9 < opened < 12
+    for frame in read_frames(found):
+        for _ in range(1000):
+            next(now)
+        assert frame_number(frame) in (24, 49, 74)
+    read = 1000 - found.clock.left - opened
+    assert 9 < read < 18
+    slow = open_video(path, limits=Limits(deadline=opened + read / 2))
+    with pytest.raises(BadRecord, match="took longer than .* video_deadline") as caught:
+        list(read_frames(slow))
+    assert caught.value.reason == "hostile_media"
+
+
+@pytest.mark.parametrize("name", ["regular_clip.mkv", "regular_clip.mp4", "c.avi"])
+def test_a_file_is_opened_once_and_one_frame_decoded_to_choose(make_video, monkeypatch, name):
+    path = make_video(name, REGULAR, **(dict(codec="mpeg4") if name == "c.avi" else {}))
+    opened, decoded = [], []
+    size, open_ = video._size, av.open
+    monkeypatch.setattr(video, "_size", lambda frame: decoded.append(frame) or size(frame))
+    monkeypatch.setattr(av, "open", lambda *a, **k: opened.append(a) or open_(*a, **k))
+    assert (open_video(path).height, open_video(path).width) == (64, 64)
+    assert len(opened) == len(decoded) == 2
 
 
 def test_paths_that_are_no_files(tmp_path):

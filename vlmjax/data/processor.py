@@ -30,6 +30,7 @@ from vlmjax.data.sample import PRUNE, Item, Sample
 from vlmjax.data.sampling import SAMPLERS
 from vlmjax.data.templates import TEMPLATES
 from vlmjax.data.tokenizer import Tokenizer
+from vlmjax.data.video_file import Limits
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class ProcessorConfig:
       min_visual_tokens: smallest size an image or frame is enlarged to.
       image_token, video_token: placeholders; the original layout uses "<image>" for both.
       fps, max_frames, frame_sampling: which frames of a video file are shown.
+      video_deadline: seconds of computing that reading one video may take.
       compression: prune unchanged visual tokens of videos and streams (DiffFP).
       threshold, min_kept: of DiffFP.
       prune: "after_encoder" (VideoLLaMA3: the vision tower sees whole frames) or "before_encoder"
@@ -71,6 +73,7 @@ class ProcessorConfig:
     fps: float = 1.0
     max_frames: int = 180
     frame_sampling: str = "last_of_second"
+    video_deadline: float = 120.0
     compression: bool = True
     threshold: float = 0.1
     min_kept: int = 1
@@ -102,8 +105,11 @@ class ProcessorConfig:
                 raise ValueError(
                     f"{name} is {getattr(self, name)}, it must be at least 1: correct the config"
                 )
-        if not self.fps > 0:
-            raise ValueError(f"fps is {self.fps}, it must be above 0: correct the config")
+        for name in ("fps", "video_deadline"):
+            if not getattr(self, name) > 0:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, it must be above 0: correct the config"
+                )
 
 
 def control_tokens(config: ProcessorConfig) -> tuple[str, ...]:
@@ -192,6 +198,7 @@ class Processor:
             max_stream_frames=config.max_stream_frames,
             fps=config.fps,
             sampling=config.frame_sampling,
+            limits=Limits(deadline=config.video_deadline),
         )
         if self.show is not None:
             return self._shown(messages, media, name, generation, decode)

@@ -15,6 +15,7 @@ from vlmjax.data.health import BadRecord
 from vlmjax.data.image import check_path, open_file
 from vlmjax.data.rows import check_size
 from vlmjax.data.video import Video, VideoFrame
+from vlmjax.data.video_file import DEFAULT_LIMITS, Clock
 
 MEDIA = ("image", "video")
 _LENGTH = 4
@@ -114,4 +115,5 @@ def _content(source):
 
 def _video(blobs, blob, pts, timestamps, runs, **size):
     runs = None if runs is None else frozenset(runs)
-    return Video(blobs[blob], pts=tuple(pts), timestamps=tuple(timestamps), runs=runs, **size)
+    frames = dict(pts=tuple(pts), timestamps=tuple(timestamps), runs=runs)
+    return Video(blobs[blob], **frames, **size, clock=Clock(blobs[blob], DEFAULT_LIMITS))
