@@ -30,6 +30,7 @@ def shape(messages):
 
 HUMAN, SAY = turns("<image>\nWhat?")[0], turns("Say")[0]
 ANSWER = {"from": "gpt", "value": "x"}
+INF = float("inf")
 
 
 @pytest.fixture
@@ -241,6 +242,8 @@ def test_documents():
         ({"video": "http://x/v.mp4", "conversations": [SAY, ANSWER]}, "remote_media"),
         ({"stream": True, "video": [], "conversation": []}, "malformed"),
         ({"stream": True, "video": "v", "start_time": "0", "conversation": []}, "malformed"),
+        ({"stream": True, "video": "v", "start_time": INF, "conversation": []}, "malformed"),
+        ({"stream": True, "video": "v", "end_time": 10**400, "conversation": []}, "malformed"),
         ("hello", "malformed"),
         (None, "malformed"),
     ],

@@ -1,14 +1,19 @@
 """Which images are accepted, how they become RGB, and parity with transformers."""
 
+import errno
 import io
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torchvision_shim
-from PIL import Image
+from PIL import Image, ImageFile
 
+from vlmjax.data import image as images
+from vlmjax.data.annotation import media_path
+from vlmjax.data.health import BadRecord
 from vlmjax.data.image import MAX_PIXELS, image_size, load_image
 from vlmjax.data.resize import Clip, patch_rows, resize_transformers
 
@@ -158,3 +163,46 @@ def test_parity_with_the_transformers_video_resize():
         clip = Clip(height, width, frames, 2)
         found = resize_transformers([clip], patch=14, min_tokens=16, max_tokens=16384)
         assert found == [expected]
+
+
+@pytest.mark.parametrize("name", ["EMFILE", "EIO", "ESTALE", "ETIMEDOUT", "ENOMEM"])
+def test_errors_of_the_machine_are_none_of_the_record(tmp_path, monkeypatch, name):
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(Image.fromarray(PIXELS), "PNG"))
+
+    def fail(*args, **kwargs):
+        raise OSError(getattr(errno, name), "of the machine")
+
+    for place in ((images, "open"), (Path, "stat"), (Image, "open"), (ImageFile.ImageFile, "load")):
+        with monkeypatch.context() as patch:
+            patch.setattr(*place, fail, raising=False)
+            with pytest.raises(OSError, match="of the machine"):
+                load_image(media_path(tmp_path, "a.png"))
+
+
+def test_a_file_that_may_not_be_read_is_a_bad_record(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(Image.fromarray(PIXELS), "PNG"))
+
+    def fail(*args):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(images, "open", fail, raising=False)
+    with pytest.raises(BadRecord, match="Permission denied.: check its permissions") as caught:
+        load_image(path)
+    assert caught.value.reason == "missing_file"
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_scans_of_a_jpeg_are_counted_and_limited(progressive):
+    """Marker bytes inside of other segments and behind the end are none."""
+    small = Image.fromarray(PIXELS)
+    exif = Image.Exif()
+    exif[0x010E] = "\xff\xda" * 200
+    data = encoded(small, "JPEG", progressive=progressive, exif=exif) + b"\xff\xda\0\x02" * 200
+    start = data.rindex(b"\xff\xda", 0, data.index(b"\xff\xd9"))
+    scan = data[start : data.index(b"\xff\xd9")]
+    assert load_image(data).size == small.size
+    with pytest.raises(BadRecord, match="has 1.. scans, at most 100 are decoded") as caught:
+        load_image(data[:start] + scan * 120 + data[start:])
+    assert caught.value.reason == "hostile_media"

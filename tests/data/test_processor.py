@@ -1,13 +1,17 @@
 """The processor from record to sample: layout, budgets, streams and refusals."""
 
+import weakref
+
 import numpy as np
 import pytest
 from numbered_frame import frame_number
 from PIL import Image
 
-from vlmjax.data import annotation
+from vlmjax.batch import Form, TowerForm
+from vlmjax.data import annotation, media
 from vlmjax.data.grounding import GROUNDING
 from vlmjax.data.health import BadRecord
+from vlmjax.data.media import Medium
 from vlmjax.data.processor import Processor, ProcessorConfig, control_tokens
 from vlmjax.data.tokenizer import SPECIAL_TOKENS, byte_tokenizer
 
@@ -159,6 +163,72 @@ def test_stream_sources_mix(make_processor, tmp_path):
 def test_bad_records_are_refused(make_processor, record, match):
     with pytest.raises(ValueError, match=match):
         make_processor()(record)
+
+
+@pytest.mark.parametrize("key", ["time", "start_time", "end_time"])
+@pytest.mark.parametrize("value", [[1], "1.0", 10**400, float("inf"), float("-inf"), float("nan")])
+def test_times_are_finite_numbers(make_processor, key, value):
+    with pytest.raises(BadRecord, match=f"has {key} .*: give seconds") as error:
+        make_processor()(ask(clip() | {key: value}))
+    assert error.value.reason == "malformed"
+
+
+def test_media_are_files_bytes_or_arrays(make_processor):
+    for part in ({"type": "video", "video": {"a": 1}}, picture({"a": 1})):
+        with pytest.raises(BadRecord, match="source is a dict; give a path") as error:
+            make_processor()(ask(part))
+        assert error.value.reason == "malformed"
+
+
+SQUARE = dict(
+    template="vicuna",
+    image_token="<|image_pad|>",
+    video_token="<|image_pad|>",
+    picture=dict(strategy=(dict(name="square", side=28, mode="pad"),)),
+)
+
+
+@pytest.fixture
+def make_square(tokenizer):
+    """Makes processors of square views instead of native sizes."""
+    tokenizer = byte_tokenizer((*SPECIAL_TOKENS, "<s>", "</s>"))
+    form = Form((TowerForm(14),))
+    return lambda **config: Processor(ProcessorConfig(**SQUARE, **config), tokenizer, form)
+
+
+@pytest.mark.parametrize("kind", ["native", "square"])
+def test_one_decoded_picture_is_held_at_a_time(make_processor, make_square, monkeypatch, kind):
+    process = make_square() if kind == "square" else make_processor()
+    decoded, alive, frames = [], [], Medium.frames
+
+    def counted(self):
+        for frame in frames(self):
+            held = frame.copy()
+            del frame
+            decoded.append(weakref.ref(held))
+            alive.append(sum(ref() is not None for ref in decoded))
+            yield held
+            del held
+
+    monkeypatch.setattr(Medium, "frames", counted)
+    process(ask(*[picture()] * 4, clip()))
+    assert len(alive) == 7 and max(alive) <= 2
+
+
+def test_what_is_too_long_is_refused_before_decoding(make_square, monkeypatch):
+    assert len(make_square()(ask(*[picture()] * 30)).items) == 30
+    monkeypatch.setattr(Medium, "frames", lambda self: pytest.fail("decoded"))
+    with pytest.raises(BadRecord, match="max_length is 100"):
+        make_square(max_length=100)(ask(*[picture()] * 30))
+
+
+def test_the_pixels_of_a_record_are_limited(make_processor, monkeypatch):
+    monkeypatch.setattr(media, "MAX_PIXELS", 3 * 40 * 40)
+    image = Image.fromarray(IMAGE)
+    make_processor()(ask(*[picture(image)] * 3, picture(IMAGE), clip()))
+    with pytest.raises(BadRecord, match="have 6400 pixels together, at most 4800") as error:
+        make_processor()(ask(*[picture(image)] * 4), pixels="blank")
+    assert error.value.reason == "hostile_media"
 
 
 def test_visual_budget(make_processor):

@@ -1,17 +1,22 @@
 """Frame choice against libavfilter's own fps filter, decoding, and refusals."""
 
 import dataclasses
+import itertools
+import os
+import resource
 from fractions import Fraction
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 from numbered_frame import frame_number, numbered_frame
 
-from vlmjax.data import video
+from vlmjax.data import video, video_file
 from vlmjax.data.health import BadRecord
 from vlmjax.data.sampling import last_of_second, transformers
-from vlmjax.data.video import Limits, load_video, open_video, read_frames
+from vlmjax.data.video import load_video, open_video, read_frames
+from vlmjax.data.video_file import Limits
 
 REGULAR = [40 * k for k in range(90)]  # 25 frames/s, 3.6 s
 IRREGULAR = list(np.cumsum([40, 40, 320, 80, 1600, 40, 120, 440] * 8).tolist())
@@ -133,10 +138,33 @@ def test_frames_are_read_upright(make_video, tmp_path):
     assert frame_number(back) == 24
 
 
+@pytest.mark.parametrize("rotation", range(-180, 181, 30))
+def test_sizes_are_those_of_upright_frames(rotation):
+    pixels = np.zeros((2, 4, 3), np.uint8)
+    frame = SimpleNamespace(rotation=rotation, width=4, height=2, to_ndarray=lambda format: pixels)
+    assert video._size(frame) == video._upright(frame).shape[:2]
+
+
 def test_content_decides_not_the_extension(make_video, tmp_path):
     wrong = tmp_path / "movie.jpg"
     wrong.write_bytes(make_video("regular_clip.mp4", REGULAR).read_bytes())
     assert len(load_video(wrong)[0]) == 3
+
+
+@pytest.mark.parametrize("name", ["tag.avi", "tag.mkv", "tag.mp4"])
+def test_tags_may_be_in_any_encoding(tmp_path, name):
+    with av.open(str(tmp_path / name), "w") as container:
+        container.metadata["title"] = "XXcafeXX"
+        stream = container.add_stream("mpeg4", rate=1)
+        stream.width = stream.height = 64
+        for number in range(2):
+            frame = av.VideoFrame.from_ndarray(numbered_frame(number), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    data = (tmp_path / name).read_bytes()
+    latin = data.replace(b"cafe", b"caf\xe9")
+    assert latin != data
+    assert [frame_number(frame) for frame in load_video(latin)[0]] == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -218,6 +246,23 @@ def test_videos_without_pictures(tmp_path):
         open_video(path)
 
 
+def test_too_many_open_files_are_none_of_the_record(make_video):
+    path, files = make_video("regular_clip.mp4", REGULAR), []
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        most = max(map(int, os.listdir("/proc/self/fd"))) + 2
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, limits[1]))
+        with pytest.raises(OSError, match="Too many open files"):
+            while True:
+                files.append(os.dup(0))
+        with pytest.raises(OSError, match="Too many open files"):
+            open_video(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for file in files:
+            os.close(file)
+
+
 def test_too_short_for_one_period(make_video):
     path = make_video("short.mp4", REGULAR[:13])
     with pytest.raises(ValueError, match="short.mp4.*lasts 0.52 s.*raise fps"):
@@ -230,7 +275,8 @@ def test_too_short_for_one_period(make_video):
     "limits,message",
     [
         (Limits(pixels=64 * 63), "64x64 = 4096 pixels, at most 4032"),
-        (Limits(duration=2.0), "90 frames in 3.6 s, at most 2 s"),
+        (Limits(duration=2.0), "50 frames in 2.1 s, at most 2 s"),
+        (Limits(frames=50), "51 frames in 2.1 s, at most .* 50 frames"),
         (Limits(rate=20.0), "90 frames in 3.6 s.*20 frames/s"),
         (Limits(deadline=0.0), "took longer than 0 s"),
         (Limits(deadline=1e-5), "took longer than 1e-05 s"),
@@ -239,6 +285,37 @@ def test_too_short_for_one_period(make_video):
 def test_limits(make_video, limits, message):
     with pytest.raises(ValueError, match=message):
         open_video(make_video("regular_clip.mkv", REGULAR), limits=limits)
+
+
+def test_all_that_reads_a_video_shares_one_deadline(make_video, monkeypatch):
+    """Opening takes 10 s here, decoding as long, and other work does not count."""
+    now = itertools.count()
+    monkeypatch.setattr(video_file.time, "thread_time", lambda: next(now) / 10)
+    path = make_video("regular_clip.mkv", REGULAR)
+    found = open_video(path, limits=Limits(deadline=1000.0))
+    opened = 1000 - found.clock.left
+    assert 9 < opened < 12
+    for frame in read_frames(found):
+        for _ in range(1000):
+            next(now)
+        assert frame_number(frame) in (24, 49, 74)
+    read = 1000 - found.clock.left - opened
+    assert 9 < read < 18
+    slow = open_video(path, limits=Limits(deadline=opened + read / 2))
+    with pytest.raises(BadRecord, match="took longer than .* video_deadline") as caught:
+        list(read_frames(slow))
+    assert caught.value.reason == "hostile_media"
+
+
+@pytest.mark.parametrize("name", ["regular_clip.mkv", "regular_clip.mp4", "c.avi"])
+def test_a_file_is_opened_once_and_one_frame_decoded_to_choose(make_video, monkeypatch, name):
+    path = make_video(name, REGULAR, **(dict(codec="mpeg4") if name == "c.avi" else {}))
+    opened, decoded = [], []
+    size, open_ = video._size, av.open
+    monkeypatch.setattr(video, "_size", lambda frame: decoded.append(frame) or size(frame))
+    monkeypatch.setattr(av, "open", lambda *a, **k: opened.append(a) or open_(*a, **k))
+    assert (open_video(path).height, open_video(path).width) == (64, 64)
+    assert len(opened) == len(decoded) == 2
 
 
 def test_paths_that_are_no_files(tmp_path):

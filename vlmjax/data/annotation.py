@@ -20,9 +20,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlmjax.data.chat import check_answer
+from vlmjax.data.chat import check_answer, is_time
 from vlmjax.data.grounding import box_part, check_part
 from vlmjax.data.health import BadRecord
+from vlmjax.data.image import check_machine, check_path
 from vlmjax.data.video import VideoFrame, open_video
 
 ROLES = {
@@ -103,8 +104,9 @@ def media_path(root: str | Path, name):
     root = Path(root).resolve()
     try:
         path = (root / name).resolve()
-        inside, found = path.is_relative_to(root), path.is_file()
+        inside = path.is_relative_to(root)
     except (OSError, ValueError, RuntimeError) as e:  # too long, a null byte, a loop of links
+        check_machine(e)
         raise BadRecord("missing_file", f"media path {str(name)[:200]!r} cannot exist: {e}") from e
     if not inside:
         raise BadRecord(
@@ -112,12 +114,7 @@ def media_path(root: str | Path, name):
             f"media path {str(name)!r} leads outside {str(root)!r}: use paths inside the media "
             "folder",
         )
-    if not found:
-        raise BadRecord(
-            "missing_file",
-            f"media path {str(path)!r} is not a file: check the path and the data root",
-        )
-    return path
+    return check_path(path, "media path")
 
 
 def ordinary_messages(annotation: dict) -> tuple[list[dict], dict[str, int]]:
@@ -286,9 +283,10 @@ def stream_messages(
         if not isinstance(text, str):
             raise _malformed(f"stream turn {number} says a {type(text).__name__}", "give text")
         time = turn.get("time")
-        if not isinstance(time, (int, float)) or not time >= before:
+        if time is None or not is_time(time) or time < before:
             raise _malformed(
-                f"stream turn {number} has time {time!r} after {before}", "sort turns by time"
+                f"stream turn {number} has time {str(time)[:80]} after {before}",
+                "sort turns by time",
             )
         before = time
         if before >= cut:
@@ -306,8 +304,8 @@ def _open_stream(annotation, root, **choice):
     if len(files) != 1:
         raise _malformed(f"stream annotation has {len(files)} videos", "give one")
     times = [annotation.get(key) for key in ("start_time", "end_time")]
-    if not all(isinstance(time, (int, float, type(None))) for time in times):
-        raise _malformed(f"stream annotation has start and end {times}", "give seconds")
+    if not all(map(is_time, times)):
+        raise _malformed(f"stream annotation has start and end {str(times)[:80]}", "give seconds")
     path, (start, end) = media_path(root, files[0]), times
     return open_video(path, max_frames=1_000_000, start=start, end=end, **choice)
 

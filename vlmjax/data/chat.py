@@ -30,6 +30,7 @@ from vlmjax.data.tokenizer import Tokenizer
 IGNORE = -100
 TRAINED = ("assistant", "document")
 ROLES = ("system", "user", "assistant", "stream", "document")
+TIMES = ("time", "start_time", "end_time")  # of a part, in seconds
 
 
 class Encoded(NamedTuple):
@@ -112,13 +113,20 @@ def _check_part(part, number, role):
         return check_part(part)
     if kind == "text" and not isinstance(part.get("text"), str):
         raise malformed("has a text part without its text: give a string")
-    if not isinstance(part.get("time", 0), (int, float, np.number, type(None))):
-        raise malformed(f"has time {part['time']!r}: give seconds")
+    for key in TIMES:
+        if not is_time(part.get(key)):
+            raise malformed(f"has {key} {str(part[key])[:80]!r}: give seconds, a finite number")
     if kind != "text" and role in ("system", "assistant"):
         raise malformed(f"({role}) holds a {kind}: move it to a user or stream message")
     if kind == "video" and role == "stream":
         raise malformed("(stream) holds a video: give one timed image per stream message")
     return None
+
+
+def is_time(value) -> bool:
+    """Whether a value is a time in seconds, or None."""
+    number = isinstance(value, (int, float, np.integer, np.floating))
+    return value is None or (number and bool(abs(value) < 1e15))  # also false for inf and nan
 
 
 def check_answer(messages: Sequence[dict]) -> None:

@@ -8,7 +8,9 @@ greyscale keeps its high byte, where `convert` would clip everything above 255 t
 
 from __future__ import annotations
 
+import errno
 import io
+import re
 import stat
 import struct
 import warnings
@@ -17,18 +19,30 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, JpegImagePlugin
 
 from vlmjax.data.health import BadRecord
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 89_000_000  # below Pillow's own warning limit of 89.5 million
 MAX_ASPECT = 200
+MAX_SCANS = 100  # of a JPEG over its pixels; encoders write up to a dozen
 
 # Pillow only warns between one and two times its limit; nobody reads a loader's warnings.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 _DECODE_ERRORS = (OSError, SyntaxError, EOFError, ValueError, struct.error, zlib.error)
+
+# What a name or a file is to blame for. Other errors are of the machine, such as EMFILE or EIO.
+_FILE_ERRORS = ("ENOENT", "ENOTDIR", "EISDIR", "ELOOP", "ENAMETOOLONG", "EACCES", "EPERM", "EINVAL")
+_FILE_ERRNOS = {getattr(errno, name) for name in _FILE_ERRORS}
+
+
+def check_machine(error: Exception) -> None:
+    """Raises an error of the machine again, for which no record must be called bad."""
+    number = getattr(error, "errno", None)  # decoders raise OSErrors without
+    if isinstance(error, OSError) and number is not None and number not in _FILE_ERRNOS:
+        raise error
 
 
 def check_size(height: int, width: int, name: str, max_pixels: int = MAX_PIXELS) -> None:
@@ -52,6 +66,23 @@ def check_size(height: int, width: int, name: str, max_pixels: int = MAX_PIXELS)
         )
 
 
+_JPEG_MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")
+_SCAN, _END = b"\xda", b"\xd9"
+
+
+def check_scans(data: bytes, name: str) -> None:
+    """Raises BadRecord for a JPEG that wants its pixels, however few bytes, gone over for long."""
+    at, scans = 2, 0
+    while (marker := _JPEG_MARKER.search(data, at)) and marker[1] != _END:
+        scans += marker[1] == _SCAN
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    if scans > MAX_SCANS:
+        raise BadRecord(
+            "hostile_media",
+            f"{name} has {scans} scans, at most {MAX_SCANS} are decoded: write it anew",
+        )
+
+
 def check_path(path: str | Path, kind: str) -> Path:
     """Returns the path of a local file; URLs, missing and empty files are BadRecords."""
     if "://" in str(path):
@@ -62,7 +93,8 @@ def check_path(path: str | Path, kind: str) -> Path:
     path = Path(path)
     try:
         status = path.stat()
-    except (OSError, ValueError):  # ValueError: a NUL byte in the name
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+        check_machine(error)
         status = None
     if status is None or not stat.S_ISREG(status.st_mode):
         raise BadRecord(
@@ -72,6 +104,18 @@ def check_path(path: str | Path, kind: str) -> Path:
     if not status.st_size:
         raise BadRecord("missing_file", f"{kind} {str(path)!r} is empty: fetch it again")
     return path
+
+
+def open_file(path: Path, kind: str):
+    """Opens a file for reading; one that may not be read is a BadRecord."""
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        check_machine(error)
+        raise BadRecord(
+            "missing_file",
+            f"{kind} {str(path)!r} cannot be opened ({error.strerror}): check its permissions",
+        ) from error
 
 
 def check_bytes(data: bytes, kind: str) -> bytes:
@@ -100,8 +144,14 @@ def load_image(source) -> Image.Image:
     with _opened(source) as (image, name):
         check_size(image.height, image.width, name)
         try:
+            if image is not source and isinstance(image, JpegImagePlugin.JpegImageFile):
+                image.fp.seek(0)
+                check_scans(image.fp.read(), name)
             image.load()
+        except BadRecord:
+            raise
         except _DECODE_ERRORS as error:
+            check_machine(error)
             raise BadRecord(
                 "damaged_media",
                 f"{name} cannot be decoded ({error}), whole files are needed: it is damaged or "
@@ -138,7 +188,7 @@ def _opened(source):
         check_bytes(source, "image")
     else:
         source = check_path(source, "image")
-    with io.BytesIO(source) if encoded else open(source, "rb") as file:
+    with io.BytesIO(source) if encoded else open_file(source, "image") as file:
         try:
             image = Image.open(file, formats=FORMATS)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -147,6 +197,7 @@ def _opened(source):
                 f"{name} is too large ({error}), at most {MAX_PIXELS} pixels: shrink the file",
             ) from error
         except _DECODE_ERRORS as error:
+            check_machine(error)
             raise BadRecord(
                 "damaged_media",
                 f"{name} is not a readable image ({error}); allowed formats are "

@@ -1,4 +1,4 @@
-"""Finds the images, videos and streams in a conversation and opens them without decoding video.
+"""Finds the images, videos and streams in a conversation and judges them without decoding.
 
 A record's media are images, videos, and at most one stream: all images in stream messages are the
 frames of one video, whatever is said in between.
@@ -14,6 +14,8 @@ import numpy as np
 
 from vlmjax.data import image, video
 from vlmjax.data.health import BadRecord
+
+MAX_PIXELS = 16 * image.MAX_PIXELS  # of all image files of a record: a minute of decoding
 
 
 @dataclass
@@ -31,7 +33,9 @@ class Medium:
         reader, current, at = None, None, -1
         for source in self.sources:
             if not isinstance(source, video.VideoFrame):
-                yield np.asarray(image.load_image(source))
+                pixels = np.asarray(image.load_image(source))
+                self._check(pixels)
+                yield pixels
                 continue
             if source.video is not current or source.index < at:
                 reader, current, at = video.read_frames(source.video), source.video, -1
@@ -39,6 +43,15 @@ class Medium:
             while at < source.index:
                 pixels, at = next(reader), at + 1
             yield pixels
+
+    def _check(self, pixels):
+        height, width, _ = pixels.shape
+        if (height, width) != (self.height, self.width):
+            raise BadRecord(
+                "damaged_media",
+                f"{self.name} is {width}x{height} when decoded, its header says "
+                f"{self.width}x{self.height}: write it anew or drop the record",
+            )
 
 
 class Media(NamedTuple):
@@ -54,13 +67,9 @@ def gather(
     *,
     max_frames: int,
     max_stream_frames: int,
-    decode: bool = True,
     **choice,
 ) -> Media:
-    """Returns the media of checked messages; `choice` goes to `video.open_video`.
-
-    Without `decode` only headers are read.
-    """
+    """Returns the media of checked messages; `choice` goes to `video.open_video`."""
     found, media, slots, stream = [], [], [], None
     for message in messages:
         if isinstance(message["content"], str):
@@ -82,7 +91,7 @@ def gather(
                 slots.append((stream, len(media[stream].sources) - 1))
             elif part["type"] == "image":
                 slots.append((len(media), 0))
-                media.append(_image(_source(part, "image"), is_video=False, decode=decode))
+                media.append(_image(_source(part, "image"), is_video=False))
             parts.append(part)
         found.append({**message, "content": parts})
     if stream is not None and len(media[stream].sources) > max_stream_frames:
@@ -92,7 +101,22 @@ def gather(
             f"{max_stream_frames}: "
             "shorten the stream or raise it",
         )
+    _check_sum(media)
     return Media(found, media, slots)
+
+
+def _check_sum(media: list[Medium]) -> None:
+    """Raises BadRecord if all image files together have more pixels than are decoded."""
+    pixels = 0
+    for m in media:
+        decoded = (np.ndarray, video.VideoFrame)
+        pixels += m.height * m.width * sum(not isinstance(s, decoded) for s in m.sources)
+    if pixels > MAX_PIXELS:
+        raise BadRecord(
+            "hostile_media",
+            f"the images of the record have {pixels} pixels together, at most {MAX_PIXELS} are "
+            "decoded: shrink them or split the record",
+        )
 
 
 def _source(part: dict, key: str):
@@ -110,11 +134,7 @@ def _size(source) -> tuple[int, int]:
     return image.image_size(source)
 
 
-def _image(source, is_video: bool, decode: bool = True) -> Medium:
-    if decode and not is_video and not isinstance(source, video.VideoFrame):
-        # One look at the file; a stream is decoded frame by frame.
-        source = image.load_image(source)
-        return Medium("image", False, source.height, source.width, [source])
+def _image(source, is_video: bool) -> Medium:
     return Medium("stream" if is_video else "image", is_video, *_size(source), [source])
 
 

@@ -9,7 +9,7 @@ arranged is data: strategies (`data.strategies`), units (`data.units`), formats 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -95,11 +95,12 @@ class Show:
         chosen = (*self.plan.image, *self.plan.images, *self.plan.frame)
         return max(getattr(s.settings, "most_patches", 0) for s in chosen)
 
-    def __call__(self, frames: Sequence[np.ndarray], *, video: bool, images: int) -> Seen:
+    def __call__(self, frames: Iterable[np.ndarray], *, video: bool, images: int) -> Seen:
         """Returns what the model sees of an image (one frame) or a video.
 
         Args:
-          frames: u8[h, w, 3] pixels, `resize.blank` where only sizes matter.
+          frames: u8[h, w, 3] pixels, `resize.blank` where only sizes matter; they are taken one by
+            one.
           video: whether they are frames of a video.
           images: number of images in the sample, those of videos not counted.
         """

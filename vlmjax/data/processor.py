@@ -30,6 +30,7 @@ from vlmjax.data.sample import PRUNE, Item, Sample
 from vlmjax.data.sampling import SAMPLERS
 from vlmjax.data.templates import TEMPLATES
 from vlmjax.data.tokenizer import Tokenizer
+from vlmjax.data.video_file import Limits
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class ProcessorConfig:
       min_visual_tokens: smallest size an image or frame is enlarged to.
       image_token, video_token: placeholders; the original layout uses "<image>" for both.
       fps, max_frames, frame_sampling: which frames of a video file are shown.
+      video_deadline: seconds of computing that reading one video may take.
       compression: prune unchanged visual tokens of videos and streams (DiffFP).
       threshold, min_kept: of DiffFP.
       prune: "after_encoder" (VideoLLaMA3: the vision tower sees whole frames) or "before_encoder"
@@ -71,6 +73,7 @@ class ProcessorConfig:
     fps: float = 1.0
     max_frames: int = 180
     frame_sampling: str = "last_of_second"
+    video_deadline: float = 120.0
     compression: bool = True
     threshold: float = 0.1
     min_kept: int = 1
@@ -102,8 +105,11 @@ class ProcessorConfig:
                 raise ValueError(
                     f"{name} is {getattr(self, name)}, it must be at least 1: correct the config"
                 )
-        if not self.fps > 0:
-            raise ValueError(f"fps is {self.fps}, it must be above 0: correct the config")
+        for name in ("fps", "video_deadline"):
+            if not getattr(self, name) > 0:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, it must be above 0: correct the config"
+                )
 
 
 def control_tokens(config: ProcessorConfig) -> tuple[str, ...]:
@@ -190,9 +196,9 @@ class Processor:
             messages,
             max_frames=config.max_frames,
             max_stream_frames=config.max_stream_frames,
-            decode=decode,
             fps=config.fps,
             sampling=config.frame_sampling,
+            limits=Limits(deadline=config.video_deadline),
         )
         if self.show is not None:
             return self._shown(messages, media, name, generation, decode)
@@ -208,17 +214,16 @@ class Processor:
     def _shown(self, messages, media, name, generation, decode):
         """Returns the sample of messages whose pictures are seen as the config's `picture` says."""
         images = sum(not m.is_video for m in media)
-        frames = [
-            list(m.frames()) if decode else [blank(m.height, m.width)] * len(m.sources)
-            for m in media
-        ]
-        seen = [
-            self.show(shown, video=m.is_video, images=images)
-            for m, shown in zip(media, frames, strict=True)
-        ]
+
+        def look(frames):
+            return [self.show(frames(m), video=m.is_video, images=images) for m in media]
+
+        seen = look(lambda m: [blank(m.height, m.width)] * len(m.sources))
         pieces = [s.arrangement.pieces for s in seen]
         encoded = self.encode(messages, pieces, seed=name, generation=generation)
         self._check_length(name, encoded)
+        if decode:  # only what fits, one frame after another
+            seen = look(Medium.frames)
         items = tuple(item for s in seen for item in s.items)
         placement = place(seen, encoded, self.form) if seen else None
         return Sample(name, encoded.tokens, encoded.labels, items, encoded.visual, placement)

@@ -12,9 +12,10 @@ import json
 from pathlib import Path
 
 from vlmjax.data.health import BadRecord
-from vlmjax.data.image import check_path
+from vlmjax.data.image import check_path, open_file
 from vlmjax.data.rows import check_size
 from vlmjax.data.video import Video, VideoFrame
+from vlmjax.data.video_file import DEFAULT_LIMITS, Clock
 
 MEDIA = ("image", "video")
 _LENGTH = 4
@@ -117,12 +118,11 @@ def _content(source):
         return source
     path = check_path(source, "media path")
     check_size(path.stat().st_size, f"{str(path)!r}")
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise BadRecord("missing_file", f"{str(path)!r} cannot be read: {error}") from error
+    with open_file(path, "media path") as file:
+        return file.read()
 
 
 def _video(blobs, blob, pts, timestamps, runs, **size):
     runs = None if runs is None else frozenset(runs)
-    return Video(blobs[blob], pts=tuple(pts), timestamps=tuple(timestamps), runs=runs, **size)
+    frames = dict(pts=tuple(pts), timestamps=tuple(timestamps), runs=runs)
+    return Video(blobs[blob], **frames, **size, clock=Clock(blobs[blob], DEFAULT_LIMITS))
