@@ -138,3 +138,18 @@ def test_a_budget_of_views_holds_them(name):
             check_fits(sample, budget)
             _, stats = pack([[sample], []], budget, cfg.form)
             assert stats.samples == 1 and stats.tokens == len(sample.tokens)
+
+
+@pytest.mark.parametrize("name", systems.SYSTEMS)
+def test_every_token_of_a_video_has_its_place(name):
+    """Of three square frames, of which nothing is padding."""
+    cfg, process = systems.make(name)
+    frames = np.random.default_rng(0).integers(0, 255, (3, 60, 60, 3), dtype=np.uint8)
+    sample = process({"id": "0", "messages": systems.messages(frames)})
+    made = sample.placement
+    number = sum(len(made.units[sources[0]].index) * n for sources, n in cfg.form.groups)
+    number = number if made.pool is None else len(made.pool.index)
+    shown = made.source[made.source >= 0]
+    np.testing.assert_array_equal(np.sort(shown), np.arange(number))
+    once = process({"id": "0", "messages": systems.messages(frames[:1])}).placement
+    assert len(shown) == 3 * np.count_nonzero(once.source >= 0)
