@@ -13,7 +13,7 @@ Layouts:
     "flat"    the tokens as they come: LLaVA-1.5, InternVL, 360VL, VILA, CogVLM2, GLM-4V
     "tiles"   the whole view, then the rows of the map that the tiles form: AnyRes
     "square"  the rows of the one map of a picture that was padded to a square: Cambrian-1
-    "slices"  <image>...</image><slice><image>...</image>...\\n...</slice>\\n: MiniCPM-V
+    "slices"  <image>...</image><slice><image>...</image>...\\n...</slice>: MiniCPM-V
     "numbered" Frame1: <img>...</img>\\nFrame2: <img>...</img>: videos of InternVL
     "frames"  the pooled frames of a video one after another: LLaVA-NeXT-Video
 
@@ -201,13 +201,15 @@ def arrange_video(tiling: Tiling, groups: Sequence, frames: int, form: Format) -
         for k, some in enumerate(shown):
             some += maps[start + k * share : start + (k + 1) * share]
         start += len(grids)
-    return _in_sequence([_arranged(tiling, some, form) for some in shown])
+    between = [Piece(TEXT, LAYOUTS[form.layout].between)] if LAYOUTS[form.layout].between else []
+    return _in_sequence([_arranged(tiling, some, form) for some in shown], between)
 
 
-def _in_sequence(made):
+def _in_sequence(made, between):
     """Returns arrangements, all pooled or none, one after another."""
     pieces, pools, start = [], [], 0
     for part in made:
+        pieces += between if pieces else []
         pieces += [_counted(piece, start) for piece in part.pieces]
         if part.pool is not None:
             pools.append(part.pool)
@@ -327,7 +329,7 @@ def _slices(tiling, maps, form):
             for view in views[1 + r * columns : 1 + (r + 1) * columns]:
                 pieces += view
         pieces.append(Piece(CONTROL, "</slice>"))
-    return [*pieces, Piece(TEXT, "\n")], None
+    return pieces, None
 
 
 def _numbered(tiling, maps, form):
@@ -364,7 +366,7 @@ class Layout(NamedTuple):
     """A function, where newlines may stand, and which of READ_BY_SOME it reads of the format.
 
     `control` are the tokens that it puts in place itself. Of a `video` it is given the maps of all
-    frames ("whole"), or those of a frame at a time ("frames").
+    frames ("whole"), or those of a frame at a time ("frames"), with the text `between` them.
     """
 
     function: Callable
@@ -372,6 +374,7 @@ class Layout(NamedTuple):
     reads: tuple[str, ...] = ()
     control: tuple[str, ...] = ()
     video: str = "frames"
+    between: str = ""
 
 
 def control_of(form: dict) -> tuple[str, ...]:
@@ -385,7 +388,7 @@ LAYOUTS = {
     "flat": Layout(_flat, ("none", "end"), video="whole"),
     "tiles": Layout(_tiles, ("none", "row"), ("base", "unpad", "max_tiles", "pool", "stride")),
     "square": Layout(_square, ("none", "row"), ("unpad",)),
-    "slices": Layout(_slices, control=("<image>", "</image>", "<slice>", "</slice>")),
+    "slices": Layout(_slices, control=("<image>", "</image>", "<slice>", "</slice>"), between="\n"),
     "numbered": Layout(_numbered, control=("<img>", "</img>"), video="whole"),
     "frames": Layout(
         _frames, ("none", "row", "frame", "end"), ("pool", "stride", "fast_every"), video="whole"
