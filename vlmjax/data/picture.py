@@ -118,7 +118,7 @@ class Show:
         groups = [found[sources[0]].grids for sources, _ in self.form.groups]
         tiling = tilings[0][0]
         if video:
-            made = arrange_video(tiling, groups, len(frames), self.frame_format)
+            made = arrange_video(tiling, groups, len(tilings), self.frame_format)
         else:
             made = arrange(tiling, sum(groups, ()), self.format)
         return Seen(sum(items, []), found, made)
