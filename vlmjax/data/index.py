@@ -10,8 +10,9 @@ and pruned, which takes as long as an epoch of loading and fills rows as far as 
 record that cannot be used is listed with the reason, and no plan has it.
 
 A folder holds sizes.npy, reasons.npy (0 = usable, else the number of a reason), bad.jsonl and
-index.json, which says what the sizes are of, with a digest once all are there. An interrupted pass
-goes on where it was; a finished index is made once more for the records whose media were at fault.
+index.json, which says what the sizes are of, with a digest once all are there; beside them lies
+what `places` keeps of the source. An interrupted pass goes on where it was; a finished index is
+made once more for the records whose media were at fault.
 """
 
 import contextlib
@@ -147,6 +148,8 @@ def build(source, processor, budget, folder, *, workers=0, pixels="blank", stall
     if not (folder / "index.json").is_file():
         _begin(folder, wanted, len(budget.limits))
     found, wanted = _state(folder, wanted)
+    if hasattr(source, "keep"):
+        source.keep(folder)
     sizes = np.load(folder / "sizes.npy", mmap_mode="r+")
     reasons = np.load(folder / "reasons.npy", mmap_mode="r+")
     done = "digest" in found

@@ -1,7 +1,7 @@
 """Annotations of a JSON list or of JSON lines, read one by one by their place in the file.
 
 Opening reads the file once, in pieces, for the places and the digest; what stays in memory are
-eight bytes an annotation.
+eight bytes an annotation, or none where they are kept (`places`).
 """
 
 import functools
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from vlmjax.data import rows
+from vlmjax.data.places import Places, kept, state
 from vlmjax.data.shards import AbsentFiles, read_span
 
 _PIECE = 1 << 22
@@ -23,22 +24,23 @@ _OPEN, _CLOSE = (ord("["), ord("{")), (ord("]"), ord("}"))
 class JsonSource:
     """Annotations of a JSON or JSONL file; media paths are relative to `media_root`, inside it."""
 
-    def __init__(self, file, media_root):
+    def __init__(self, file, media_root, folder=None):
+        """Opens it; `folder` is where its places may be kept."""
         self.file, self.media_root = str(file), media_root
         if not Path(file).is_file():
             raise AbsentFiles(f"{file} is not a file: correct the path of the annotations")
-        found = hashlib.sha256()
-        start, is_list = _beginning(file)
-        self._comma = int(is_list)  # bytes between two annotations
-        scan = _list_bounds if is_list else _line_bounds
-        self.bounds = scan(_pieces(file, start, found), start, file)
-        self.fingerprint = found.hexdigest()
+        self.places = kept([file], folder) or _scanned(file)
+        self.fingerprint = self.places.fingerprint
         if not len(self):
             raise ValueError(f"{file} holds no annotations; it needs at least one")
         self._probe()
 
+    def keep(self, folder):
+        """Keeps its places in a folder, from which it reads them itself from now on."""
+        self.places = self.places.keep(folder)
+
     def __len__(self):
-        return len(self.bounds) - 1
+        return len(self.places.arrays["bounds"]) - 1
 
     def id(self, index):
         return f"{self.file}:{range(len(self))[index]}"
@@ -48,9 +50,9 @@ class JsonSource:
         return rows.to_record(self._row(index), self.media_root, id=name)
 
     def _row(self, index):
-        start, stop = map(int, self.bounds[index : index + 2])
+        start, stop = map(int, self.places.arrays["bounds"][index : index + 2])
         rows.check_size(stop - start, self.id(index), rows.MAX_TEXT)
-        text = read_span(self.file, start, stop - self._comma).rstrip(_BLANK)
+        text = read_span(self.file, start, stop - self.places.facts["comma"]).rstrip(_BLANK)
         return rows.parse(text, self.id(index))
 
     def _probe(self):
@@ -63,6 +65,15 @@ class JsonSource:
         raise ValueError(
             f"{self.file} is neither a JSON list nor one JSON object a line: {errors[0]}"
         )
+
+
+def _scanned(file):
+    """Returns the `Places` of annotations: their bounds, and how many bytes lie between two."""
+    found, before = hashlib.sha256(), state([file])
+    start, is_list = _beginning(file)
+    scan = _list_bounds if is_list else _line_bounds
+    bounds = scan(_pieces(file, start, found), start, file)
+    return Places(before, found.hexdigest(), {"bounds": bounds}, {"comma": int(is_list)})
 
 
 def _beginning(file):
