@@ -329,8 +329,8 @@ def open_indices(data, budget):
             raise ValueError(
                 f"source {name!r} has no end and so no index: leave it out, or set data.index=''"
             )
-        wanted = index.identity(source, processor, budget)
-        found.append(index.open_index(index_folder(data.config, name), wanted))
+        folder = index_folder(data.config, name)
+        found.append(index.open_index(folder, source, processor, budget))
     return found
 
 

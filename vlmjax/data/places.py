@@ -37,10 +37,10 @@ class Places:
         return _mapped, (self._folder, *parts[:2], tuple(self.arrays), self.facts)
 
     def keep(self, folder):
-        """Returns the same places, mapped from files in a folder; writes those."""
+        """Returns the same places, mapped from a folder; what is not there yet is written."""
         folder = Path(folder)
-        if self._folder == folder:
-            return self
+        if there := _find(folder, self.files):
+            return there
         for name, array in self.arrays.items():
             part = folder / "places.part"
             with open(part, "wb") as file:
@@ -61,14 +61,15 @@ def state(files):
 
 def kept(files, folder):
     """Returns the `Places` in a folder, or None where none are of these files as they are now."""
-    file = None if folder is None else Path(folder) / "places.json"
-    if file is None or not file.is_file():
+    return None if folder is None else _find(Path(folder), state(files))
+
+
+def _find(folder, files):
+    file = folder / "places.json"
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    if found.get("version") != VERSION or found["files"] != files:
         return None
-    found = json.loads(file.read_text())
-    if found["version"] != VERSION or found["files"] != state(files):
-        return None
-    what = (found[name] for name in ("files", "fingerprint", "arrays", "facts"))
-    return _mapped(Path(folder), *what)
+    return _mapped(folder, *(found[name] for name in ("files", "fingerprint", "arrays", "facts")))
 
 
 def _file(folder, fingerprint, name):
