@@ -9,7 +9,7 @@ from data_mixture import ROWS, broken, mixture_config, pictures, write
 from processes import finish, start
 
 from vlmjax import build, checkpoint, sharding
-from vlmjax.data import cli, mix
+from vlmjax.data import cli, jsonl, mix
 from vlmjax.train import feed, loop, metrics
 
 
@@ -182,6 +182,17 @@ def test_a_share_of_text_is_a_share_of_the_samples(tmp_path):
     assert (drawn[:, 0] == 1).mean() == pytest.approx(0.25, abs=0.01)
     said = cli.plan(*planning(config))
     assert "steps of 2 rows" in said and "epochs of 48" in said
+
+
+def test_a_run_with_an_index_opens_its_sources_without_reading_them(tmp_path, monkeypatch):
+    config = mixture_config(tmp_path / "mix", 4)
+    found = build.open_data(build.resolve(config)).sources
+    make_index(config)
+    monkeypatch.setattr(jsonl, "_scanned", None)
+    for a, b in zip(build.open_data(build.resolve(config)).sources, found, strict=True):
+        assert a.fingerprint == b.fingerprint and [a[k] for k in range(4)] == [
+            b[k] for k in range(4)
+        ]
 
 
 def test_other_data_are_refused_or_accepted_from_a_step_on(tmp_path):

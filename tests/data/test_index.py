@@ -69,8 +69,8 @@ def test_lengths_are_those_of_the_samples(tmp_path, pixels):
             assert (found.sizes[k] >= size(sample, BUDGET)).all()
             pruned += tuple(found.sizes[k]) != size(sample, BUDGET)
     assert (pruned > 0) == (pixels == "blank")
-    wanted = index.identity(records, process, BUDGET)  # lengths of both kinds serve a plan
-    assert index.open_index(tmp_path / "index", wanted).digest == found.digest
+    again = index.open_index(tmp_path / "index", records, process, BUDGET)  # both kinds serve
+    assert again.digest == found.digest
 
 
 def test_workers_and_interruption_change_nothing(tmp_path, monkeypatch):
@@ -89,9 +89,8 @@ def test_workers_and_interruption_change_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(index, "_measure", killed)
     with pytest.raises(KeyboardInterrupt):
         index.build(records, process, BUDGET, tmp_path / "cut")
-    wanted = index.identity(records, process, BUDGET)
     with pytest.raises(ValueError, match="lacks 12 records still: make it with"):
-        index.open_index(tmp_path / "cut", wanted)
+        index.open_index(tmp_path / "cut", records, process, BUDGET)
     same(index.build(records, process, BUDGET, tmp_path / "cut"), whole)
     assert len(calls) == 3 + 3  # chunks of before are not measured again
 
@@ -124,9 +123,9 @@ def test_a_pass_that_was_killed_while_it_wrote(tmp_path, monkeypatch):
     identity = json.loads((folder / "index.json").read_text())["identity"]
     (folder / "index.json").write_text(json.dumps({"identity": identity}))
     with pytest.raises(ValueError, match="lacks 0 records still"):
-        index.open_index(folder, index.identity(records, process, BUDGET))
+        index.open_index(folder, records, process, BUDGET)
     reasons = np.load(folder / "reasons.npy")
-    reasons[8:] = 255
+    reasons[4:] = 255
     np.save(folder / "reasons.npy", reasons)
     listed = (folder / "bad.jsonl").read_bytes()
     (folder / "bad.jsonl").write_bytes(listed[:-30])
@@ -134,6 +133,28 @@ def test_a_pass_that_was_killed_while_it_wrote(tmp_path, monkeypatch):
     (folder / "index.json").write_text("")
     with pytest.raises(ValueError, match="index.json is damaged .*: remove .* and make it with"):
         index.build(records, process, BUDGET, folder)
+
+
+def test_lengths_serve_rows_of_any_size(tmp_path):
+    """Record 9 has 1,500 tokens of text, the pictures take up to 120 patches."""
+    records, process, folder = source(tmp_path), processor(), tmp_path / "index"
+    found = index.build(records, process, BUDGET, folder)
+    written = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+    large = dataclasses.replace(BUDGET, tokens=2000)
+    small = dataclasses.replace(BUDGET, patches=(60,))
+    for budget in (large, small):
+        opened = index.open_index(folder, records, process, budget)
+        same(index.build(records, process, budget, tmp_path / f"{budget.tokens}"), opened)
+        assert opened.digest == found.digest
+        usable = [k for k in range(20) if k != 4 and (found.sizes[k] <= budget.limits).all()]
+        assert list(opened.usable) == usable
+        assert len(usable) == 19 if budget is large else 9 < len(usable) < 18
+        assert {b["record"] for b in opened.bad()} == set(range(20)) - set(usable)
+    (over,) = [b for b in found.bad() if b["record"] == 9]
+    assert "tokens (row budget 400): it fits no row" in over["message"]
+    index.build(records, process, large, folder)
+    changed = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+    assert changed == written
 
 
 class Fatal(JsonSource):
@@ -158,16 +179,16 @@ def test_an_index_of_other_data_is_refused(tmp_path):
     records, process = source(tmp_path), processor()
     folder = tmp_path / "index"
     with pytest.raises(ValueError, match="there is no length index in .*data index"):
-        index.open_index(folder, index.identity(records, process, BUDGET))
+        index.open_index(folder, records, process, BUDGET)
     index.build(records, process, BUDGET, folder)
     other = processor(max_visual_tokens=30)
     for what, wanted in (
-        ("processor", index.identity(records, other, BUDGET)),
-        ("row", index.identity(records, process, dataclasses.replace(BUDGET, tokens=399))),
-        ("pixels", index.identity(records, process, BUDGET, "decoded")),
+        ("processor", (records, other, BUDGET)),
+        ("row", (records, process, Budget(400, (400, 400), (400,), (4,)))),
+        ("pixels", (records, process, BUDGET, "decoded")),
     ):
         with pytest.raises(ValueError, match=f"made with another {what}: make it with"):
-            index.open_index(folder, wanted)
+            index.open_index(folder, *wanted)
     with open(tmp_path / "rows.jsonl", "a") as file:
         file.write(json.dumps(talk("more", "?")) + "\n")
     with pytest.raises(ValueError, match="made with another source, records"):

@@ -1,6 +1,7 @@
 """Annotations by offset: any JSON is cut where it must be, and two million lines are cheap."""
 
 import json
+import pickle
 import random
 import subprocess
 import sys
@@ -62,6 +63,7 @@ def test_whatever_is_in_strings(tmp_path, monkeypatch, piece, style):
     file.write_bytes((b"\xef\xbb\xbf" if piece == 7 else b"") + text.encode())
     source = JsonSource(file, tmp_path)
     assert [source._row(i) for i in range(len(source))] == rows
+    assert len(pickle.dumps(source)) < 8 * len(rows) + 1000  # eight bytes for each, as is said
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def index(data, budget, workers=0, kept=False):
         raise ValueError("data.index='' names no folder: give --config.data.index=DIR")
     lines = [f"{name}: not there" for name in data.absent]
     for name, source, processor in zip(data.names, data.sources, data.processors, strict=True):
-        folder = mix.index_folder(data, name)
+        folder = mix.index_folder(data.config, name)
         found = build(source, processor, budget, folder, say=name, **how)
         sizes = found.sizes[found.usable[:100_000]]
         what = zip(budget.names, sizes.mean(0) if len(sizes) else budget.limits, strict=True)

@@ -10,8 +10,9 @@ and pruned, which takes as long as an epoch of loading and fills rows as far as 
 record that cannot be used is listed with the reason, and no plan has it.
 
 A folder holds sizes.npy, reasons.npy (0 = usable, else the number of a reason), bad.jsonl and
-index.json, which says what the sizes are of, with a digest once all are there. An interrupted pass
-goes on where it was; a finished index is made once more for the records whose media were at fault.
+index.json, which says what the sizes are of, with a digest once all are there; beside them lies
+what `places` keeps of the source. An interrupted pass goes on where it was; a finished index is
+made once more for the records whose media were at fault.
 """
 
 import contextlib
@@ -44,22 +45,40 @@ class Index:
 
     Attributes:
       folder: its files.
+      source: that it is of.
+      budget: of the rows that are wanted.
       sizes: i32[records, n].
       reasons: u8[records].
       usable: i64[usable records]: their numbers.
-      digest: of what is in it: two indices with one digest plan the same rows.
+      over: i64[n]: numbers of the records that only larger rows would hold.
+      digest: of what is in it: two indices with one digest and budget plan the same rows.
     """
 
     folder: Path
+    source: object
+    budget: object
     sizes: np.ndarray
     reasons: np.ndarray
     usable: np.ndarray
+    over: np.ndarray
     digest: str
 
     def bad(self):
         """Yields {"record", "id", "reason", "message"} of each record that cannot be used."""
         with open(self.folder / "bad.jsonl") as lines:
             yield from map(json.loads, lines)
+        names, limits = self.budget.names, self.budget.limits
+        for number in self.over.tolist():
+            name = self.source.id(number)
+            taken = zip(names, self.sizes[number].tolist(), limits, strict=True)
+            over = ", ".join(
+                f"{n} {what} (row budget {most})" for what, n, most in taken if n > most
+            )
+            message = (
+                f"record {name!r} has {over}: it fits no row and is never cut silently. Raise "
+                "data.budget, or lower the processor's max_visual_tokens or max_frames"
+            )
+            yield {"record": number, "id": name, "reason": "too_long", "message": message}
 
 
 def identity(source, processor, budget, pixels="blank"):
@@ -71,7 +90,7 @@ def identity(source, processor, budget, pixels="blank"):
         "processor": _digest(settings),
         "tokenizer": processor.tokenizer.fingerprint,
         "model": _digest(repr(processor.form)),
-        "row": _digest(repr(budget)),
+        "row": _digest(repr(budget.names)),
         "pixels": pixels,
     }
 
@@ -81,23 +100,29 @@ def _digest(value):
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def open_index(folder, wanted):
+def open_index(folder, source, processor, budget, pixels="blank"):
     """Returns the `Index` of a folder; ValueError where it is absent, unfinished or of other data.
 
     Args:
       folder: of `build`.
-      wanted: of `identity`; lengths of decoded records serve as well as of blank ones.
+      source, processor: as `build` had them.
+      budget: a `Budget` of the same model, with rows of any size.
+      pixels: lengths of decoded records serve as well as of "blank" ones.
     """
     folder = Path(folder)
     if not (folder / "index.json").is_file():
         raise ValueError(f"there is no length index in {folder}: {_HOW}")
-    found, _ = _state(folder, wanted)
-    reasons = np.load(folder / "reasons.npy")
+    found, _ = _state(folder, identity(source, processor, budget, pixels))
+    reasons, sizes = np.load(folder / "reasons.npy"), open_sizes(folder)
     if "digest" not in found:
         left = int((reasons == _PENDING).sum())
         raise ValueError(f"the length index in {folder} lacks {left} records still: {_HOW}")
-    usable = np.flatnonzero(reasons == 0)
-    return Index(folder, open_sizes(folder), reasons, usable, found["digest"])
+    over = np.zeros(len(sizes), bool)
+    for k in range(0, len(sizes), 1 << 20):
+        for taken, limit in zip(sizes[k : k + (1 << 20)].T, budget.limits, strict=True):
+            over[k : k + (1 << 20)] |= taken > limit
+    usable, over = np.flatnonzero((reasons == 0) & ~over), np.flatnonzero((reasons == 0) & over)
+    return Index(folder, source, budget, sizes, reasons, usable, over, found["digest"])
 
 
 _HOW = "make it with `python -m vlmjax.main data index` and the same config"
@@ -133,7 +158,7 @@ def build(source, processor, budget, folder, *, workers=0, pixels="blank", stall
     Args:
       source: see `data.sources`; it and the processor are sent to the workers.
       processor: a `Processor`.
-      budget: a `Budget` of the model; records that fit none of its empty rows cannot be used.
+      budget: a `Budget` of the model; what it has no empty row for is measured and not used.
       folder: made when absent.
       workers: processes; 0 = in this one.
       pixels: "blank" or "decoded".
@@ -147,6 +172,8 @@ def build(source, processor, budget, folder, *, workers=0, pixels="blank", stall
     if not (folder / "index.json").is_file():
         _begin(folder, wanted, len(budget.limits))
     found, wanted = _state(folder, wanted)
+    if hasattr(source, "keep"):
+        source.keep(folder)
     sizes = np.load(folder / "sizes.npy", mmap_mode="r+")
     reasons = np.load(folder / "reasons.npy", mmap_mode="r+")
     done = "digest" in found
@@ -154,7 +181,7 @@ def build(source, processor, budget, folder, *, workers=0, pixels="blank", stall
     due = np.isin(reasons, again) if done else reasons == _PENDING
     chunks = _chunks(due, CHUNK[wanted["pixels"]])
     measured = load(
-        _Measured(source, processor, budget, wanted["pixels"]),
+        _Measured(source, processor, _endless(budget), wanted["pixels"]),
         keys=chunks,
         workers=workers,
         ahead=max(4 * workers, 1),
@@ -182,7 +209,17 @@ def build(source, processor, budget, folder, *, workers=0, pixels="blank", stall
             reasons.flush()
     if not done:
         _finish(folder, wanted, sizes, reasons)
-    return open_index(folder, wanted)
+    return open_index(folder, source, processor, budget, pixels)
+
+
+def _endless(budget):
+    """Returns a budget of the same model whose rows hold any sample: lengths depend on none."""
+    most = int(np.iinfo(np.int32).max)
+    patches, visual = ((most,) * len(of_each) for of_each in (budget.patches, budget.visual))
+    pool = (most, budget.pool[1])
+    return dataclasses.replace(
+        budget, tokens=most, patches=patches, visual=visual, pool=pool, routed=most
+    )
 
 
 def _chunks(due, size):

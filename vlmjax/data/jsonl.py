@@ -1,7 +1,7 @@
 """Annotations of a JSON list or of JSON lines, read one by one by their place in the file.
 
 Opening reads the file once, in pieces, for the places and the digest; what stays in memory are
-eight bytes an annotation.
+eight bytes an annotation, or none where they are kept (`places`).
 """
 
 import functools
@@ -11,32 +11,36 @@ from pathlib import Path
 import numpy as np
 
 from vlmjax.data import rows
+from vlmjax.data.places import Places, kept, state
 from vlmjax.data.shards import AbsentFiles, read_span
 
 _PIECE = 1 << 22
 _PROBED = 10  # annotations of which one must be readable
 _QUOTE, _ESCAPE, _COMMA = b'"\\,'
+_BLANK = bytes(range(33))
 _OPEN, _CLOSE = (ord("["), ord("{")), (ord("]"), ord("}"))
 
 
 class JsonSource:
     """Annotations of a JSON or JSONL file; media paths are relative to `media_root`, inside it."""
 
-    def __init__(self, file, media_root):
+    def __init__(self, file, media_root, folder=None):
+        """Opens it; `folder` is where its places may be kept."""
         self.file, self.media_root = str(file), media_root
         if not Path(file).is_file():
             raise AbsentFiles(f"{file} is not a file: correct the path of the annotations")
-        found = hashlib.sha256()
-        start, is_list = _beginning(file)
-        scan = _list_spans if is_list else _line_spans
-        self.starts, self.stops = scan(_pieces(file, start, found), start, file)
-        self.fingerprint = found.hexdigest()
+        self.places = kept([file], folder) or _scanned(file)
+        self.fingerprint = self.places.fingerprint
         if not len(self):
             raise ValueError(f"{file} holds no annotations; it needs at least one")
         self._probe()
 
+    def keep(self, folder):
+        """Keeps its places in a folder, from which it reads them itself from now on."""
+        self.places = self.places.keep(folder)
+
     def __len__(self):
-        return len(self.starts)
+        return len(self.places.arrays["bounds"]) - 1
 
     def id(self, index):
         return f"{self.file}:{range(len(self))[index]}"
@@ -46,9 +50,9 @@ class JsonSource:
         return rows.to_record(self._row(index), self.media_root, id=name)
 
     def _row(self, index):
-        start, stop = int(self.starts[index]), int(self.stops[index])
+        start, stop = map(int, self.places.arrays["bounds"][index : index + 2])
         rows.check_size(stop - start, self.id(index), rows.MAX_TEXT)
-        text = read_span(self.file, start, stop)
+        text = read_span(self.file, start, stop - self.places.facts["comma"]).rstrip(_BLANK)
         return rows.parse(text, self.id(index))
 
     def _probe(self):
@@ -61,6 +65,15 @@ class JsonSource:
         raise ValueError(
             f"{self.file} is neither a JSON list nor one JSON object a line: {errors[0]}"
         )
+
+
+def _scanned(file):
+    """Returns the `Places` of annotations: their bounds, and how many bytes lie between two."""
+    found, before = hashlib.sha256(), state([file])
+    start, is_list = _beginning(file)
+    scan = _list_bounds if is_list else _line_bounds
+    bounds = scan(_pieces(file, start, found), start, file)
+    return Places(before, found.hexdigest(), {"bounds": bounds}, {"comma": int(is_list)})
 
 
 def _beginning(file):
@@ -83,10 +96,10 @@ def _pieces(file, start, found):
             yield piece
 
 
-def _line_spans(pieces, offset, file):
-    """Returns (starts, stops) i64 of the lines that are not blank."""
+def _line_bounds(pieces, offset, file):
+    """Returns i64: where each line that is not blank starts, and where the last ends."""
     del file
-    starts, stops, start, filled = [], [], offset, False
+    starts, start, filled = [], offset, False
     for piece in pieces:
         data = np.frombuffer(piece, np.uint8)
         ends = np.flatnonzero(data == ord("\n"))
@@ -98,16 +111,13 @@ def _line_spans(pieces, offset, file):
         begins = np.append(start, ends + 1 + offset)
         full, filled, start = some[:-1], bool(some[-1]), begins[-1]
         starts.append(begins[:-1][full])
-        stops.append(ends[full] + offset)
         offset += len(data)
-    if filled:
-        starts.append(np.array([start]))
-        stops.append(np.array([offset]))
-    return _joined(starts), _joined(stops)
+    last = [start, offset] if filled else [start]
+    return np.concatenate([*starts, last]).astype(np.int64)
 
 
-def _list_spans(pieces, offset, file):
-    """Returns (starts, stops) i64 of the items of a JSON list.
+def _list_bounds(pieces, offset, file):
+    """Returns i64: where each item of a JSON list starts, and where the list ends.
 
     What is between quotes is told apart by counting them (those behind an odd number of backslashes
     are none), what is deeper by counting brackets; items lie between the commas of the list itself.
@@ -145,12 +155,7 @@ def _list_spans(pieces, offset, file):
         depth = int(after[-1]) if len(after) else depth
     if not ended:
         raise ValueError(f"{file} is a JSON list without an end: it is truncated, fetch it again")
-    marks = _joined(marks)
-    starts, stops = marks[:-1] + 1, marks[1:]
-    if len(starts) == 1 and not read_span(file, int(starts[0]), int(stops[0])).strip():
-        return starts[:0], stops[:0]
-    return starts, stops
-
-
-def _joined(arrays):
-    return np.concatenate(arrays).astype(np.int64) if arrays else np.zeros(0, np.int64)
+    bounds = np.concatenate(marks).astype(np.int64) + 1
+    if len(bounds) == 2 and not read_span(file, int(bounds[0]), int(bounds[1]) - 1).strip():
+        return bounds[:1]
+    return bounds

@@ -227,7 +227,9 @@ def open_data(config, make_processor, seed):
     opened, absent, made = [], {}, {}
     for s in config.mixed:
         try:
-            opened.append((s, open_source(s.spec, s.media_root or config.media_root, seed)))
+            folder = index_folder(config, s.name) if config.index else None
+            root = s.media_root or config.media_root
+            opened.append((s, open_source(s.spec, root, seed, folder)))
         except AbsentFiles as error:
             absent[s.name] = str(error)
             continue
@@ -313,10 +315,10 @@ def streamed(data):
     return mixture, reader, json.loads(json.dumps(identity))
 
 
-def index_folder(data, name):
+def index_folder(config, name):
     """Returns the folder of the length index of a source."""
     readable = re.sub(r"[^\w.-]+", "_", name)[-60:]
-    return Path(data.config.index) / f"{readable}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return Path(config.index) / f"{readable}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def open_indices(data, budget):
@@ -327,8 +329,8 @@ def open_indices(data, budget):
             raise ValueError(
                 f"source {name!r} has no end and so no index: leave it out, or set data.index=''"
             )
-        wanted = index.identity(source, processor, budget)
-        found.append(index.open_index(index_folder(data, name), wanted))
+        folder = index_folder(data.config, name)
+        found.append(index.open_index(folder, source, processor, budget))
     return found
 
 

@@ -14,50 +14,52 @@ media root. A source is:
     source[i]             {"id", "messages", ...}; health.BadRecord where it cannot be used
     source.id(i)          a name for record i, also of one that cannot be used; nothing is read
     source.fingerprint    hex digest that changes with the content, the same on every host
+    source.keep(folder)   writes where its records lie, where finding that takes time (json, tar)
 
 Sources can be pickled and read by several threads. Media that files hold stay encoded, as bytes.
 The digest is that of a JSON file, or of the index that others have of their content (a medium that
-is changed in place, its size kept, goes unnoticed); media in files of their own do not count.
+is changed in place, its size kept, goes unnoticed); media in files of their own do not count. Kept
+places are of files by path, size and time of change.
 """
 
 
-def _demo(task, media_root, seed):
+def _demo(task, media_root, seed, folder):
     from vlmjax.data.demo import DemoSource
 
     return DemoSource(task, "train", seed)
 
 
-def _json(file, media_root, seed):
+def _json(file, media_root, seed, folder):
     from vlmjax.data.jsonl import JsonSource
 
-    return JsonSource(file, media_root)
+    return JsonSource(file, media_root, folder)
 
 
-def _parquet(files, media_root, seed):
+def _parquet(files, media_root, seed, folder):
     from vlmjax.data.parquet import ParquetSource
 
     return ParquetSource(files, media_root)
 
 
-def _tar(files, media_root, seed):
+def _tar(files, media_root, seed, folder):
     from vlmjax.data.tar import TarSource
 
-    return TarSource(files, media_root)
+    return TarSource(files, media_root, folder)
 
 
-def _array_record(files, media_root, seed):
+def _array_record(files, media_root, seed, folder):
     from vlmjax.data.array_record import ArrayRecordSource
 
     return ArrayRecordSource(files)
 
 
-def _tfds(folder, media_root, seed):
+def _tfds(where, media_root, seed, folder):
     from vlmjax.data.tfds import TfdsSource
 
-    return TfdsSource(folder, media_root)
+    return TfdsSource(where, media_root)
 
 
-# Kind -> function of (where, media root, seed), and the extra that it needs.
+# Kind -> function of (where, media root, seed, folder), and the extra that it needs.
 KINDS = {
     "demo": (_demo, None),
     "json": (_json, None),
@@ -68,13 +70,15 @@ KINDS = {
 }
 
 
-def open_source(spec, media_root, seed):
+def open_source(spec, media_root, seed, folder=None):
     """Returns the source of a spec "KIND:WHERE".
 
     Args:
       spec: str.
       media_root: folder that media paths are relative to; they may not leave it.
       seed: of sources that draw their records.
+      folder: of the source's length index; where it keeps places of these files, those are not
+        looked for again.
     """
     kind, _, where = spec.partition(":")
     if kind not in KINDS or not where:
@@ -83,7 +87,7 @@ def open_source(spec, media_root, seed):
         )
     make, extra = KINDS[kind]
     try:
-        return make(where, media_root, seed)
+        return make(where, media_root, seed, folder)
     except ModuleNotFoundError as error:
         if extra is None:
             raise

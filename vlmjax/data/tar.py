@@ -4,7 +4,8 @@
     000008.jpg 000008.txt     a caption, which is the answer to the picture alone
     000009.0.jpg 000009.1.jpg 000009.json    two pictures, in order of their names
 
-Opening reads the headers of all members; records are read by offset, and nothing is ever unpacked.
+Opening reads the headers of all members, unless what they say is kept (`places`); records are read
+by offset, and nothing is ever unpacked.
 Only regular files count: a link, a device or a name that leads outside makes its record a
 BadRecord, whoever follows it elsewhere. Files without a key or of a kind that is not known are left
 out and counted in `ignored`.
@@ -25,6 +26,7 @@ from tqdm import tqdm
 from vlmjax.data import rows
 from vlmjax.data.health import BadRecord
 from vlmjax.data.loading import load
+from vlmjax.data.places import Places, kept, state
 from vlmjax.data.shards import expand, read_span
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
@@ -42,43 +44,30 @@ STALL = 1800.0  # seconds after which a shard that is not read to its end counts
 class TarSource:
     """Records of tar shards given by a path, a glob or a brace pattern."""
 
-    def __init__(self, pattern, media_root):
+    def __init__(self, pattern, media_root, folder=None):
+        """Opens them; `folder` is where their places may be kept."""
         self.files, self.media_root = expand(pattern, "tar shard"), media_root
-        self.ignored, found = Counter(), hashlib.sha256()
-        keys, counts, members, shards = [], [], [], []
-        for number, (digest, ignored, groups) in enumerate(_indexed(self.files)):
-            found.update(digest)
-            self.ignored += ignored
-            for key, group in groups.items():
-                keys.append(key.encode("utf-8", "surrogateescape"))
-                counts.append(len(group))
-                members += group
-                shards.append(number)
-        if not keys:
-            raise ValueError(
-                f"{pattern} holds no records, only {dict(self.ignored)}: members are named "
-                "KEY.jpg, KEY.json"
-            )
-        self.fingerprint = found.hexdigest()
-        self._keys = b"".join(keys)
-        self._key_ends = np.cumsum([0, *map(len, keys)])
-        self._first = np.cumsum([0, *counts])
-        self._members = np.array(members, np.int64)  # [members, (start, stop, kind)]
-        self._shards = np.array(shards, np.int32)
+        self.places = kept(self.files, folder) or _scanned(self.files, pattern)
+        self.fingerprint = self.places.fingerprint
+        self.ignored = Counter(self.places.facts["ignored"])
+
+    def keep(self, folder):
+        """Keeps their places in a folder, from which it reads them itself from now on."""
+        self.places = self.places.keep(folder)
 
     def __len__(self):
-        return len(self._shards)
+        return len(self.places.arrays["shards"])
 
     def id(self, index):
-        index = range(len(self))[index]
-        key = self._keys[self._key_ends[index] : self._key_ends[index + 1]]
-        return f"{self.files[self._shards[index]]}:{key.decode('utf-8', 'replace')}"
+        index, found = range(len(self))[index], self.places.arrays
+        key = found["keys"][slice(*found["key_ends"][index : index + 2])].tobytes()
+        return f"{self.files[found['shards'][index]]}:{key.decode('utf-8', 'replace')}"
 
     def __getitem__(self, index):
-        name = self.id(index)
-        file = self.files[self._shards[index]]
+        name, index, places = self.id(index), range(len(self))[index], self.places.arrays
+        file = self.files[places["shards"][index]]
         found = {kind: [] for kind in KINDS}
-        for start, stop, kind in self._members[self._first[index] : self._first[index + 1]]:
+        for start, stop, kind in places["members"][slice(*places["first"][index : index + 2])]:
             found[KINDS[kind]].append((int(start), int(stop)))
         if found["bad"]:
             raise BadRecord(
@@ -139,6 +128,28 @@ def _captioned(text, media, name):
     return {"conversations": turns}
 
 
+def _scanned(files, pattern):
+    """Returns the `Places` of shards: of each record its key, its shard and its members."""
+    before, digest, ignored, parts = state(files), hashlib.sha256(), Counter(), []
+    for found, left_out, *arrays in _indexed(files):
+        digest.update(found)
+        ignored += left_out
+        parts.append(arrays)
+    keys, lengths, counts, members = map(np.concatenate, zip(*parts, strict=True))
+    if not len(counts):
+        raise ValueError(
+            f"{pattern} holds no records, only {dict(ignored)}: members are named KEY.jpg, KEY.json"
+        )
+    arrays = {
+        "keys": keys,
+        "key_ends": np.append(0, np.cumsum(lengths)),
+        "first": np.append(0, np.cumsum(counts)),
+        "members": members,  # [members, (start, stop, kind)]
+        "shards": np.repeat(np.arange(len(files), dtype=np.int32), [len(p[2]) for p in parts]),
+    }
+    return Places(before, digest.hexdigest(), arrays, {"ignored": dict(ignored)})
+
+
 def _indexed(files):
     """Yields what `_samples` returns of each shard; of many, read by several processes."""
     if len(files) < MANY:
@@ -164,7 +175,8 @@ class _Headers:
 
 
 def _samples(file):
-    """Returns (digest, counts of what is left out, {key: [(start, stop, kind)]}) of a shard."""
+    """Returns what is in a shard: (digest, counts of what is left out, bytes of all keys, lengths
+    of keys, numbers of members, i64[members, (start, stop, kind)])."""
     groups, ignored = {}, Counter()
     found = hashlib.sha256(f"{os.path.basename(file)}\0{os.path.getsize(file)}\0".encode())
     try:
@@ -193,11 +205,16 @@ def _samples(file):
             f"tar shard {file!r} cannot be read ({error}), plain .tar files are needed: unpack "
             "compressed ones, fetch damaged ones again"
         ) from error
-    ordered = {
-        key: [place for _, place in sorted(group, key=lambda member: _natural(member[0]))]
-        for key, group in groups.items()
-    }
-    return found.digest(), ignored, ordered
+    keys = [key.encode("utf-8", "surrogateescape") for key in groups]
+    ordered = [sorted(group, key=lambda member: _natural(member[0])) for group in groups.values()]
+    return (
+        found.digest(),
+        ignored,
+        np.frombuffer(b"".join(keys), np.uint8),
+        np.array([len(key) for key in keys], np.int64),
+        np.array([len(group) for group in ordered], np.int64),
+        np.array([place for group in ordered for _, place in group], np.int64).reshape(-1, 3),
+    )
 
 
 def _natural(name):
