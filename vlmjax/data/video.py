@@ -23,6 +23,8 @@ from vlmjax.data.image import check_bytes, check_path
 from vlmjax.data.sampling import SAMPLERS
 from vlmjax.data.video_file import DEFAULT_LIMITS, Clock, Limits, name, opened
 
+TIMED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")  # whose headers say how long they last
+
 
 @dataclass(frozen=True)
 class Video:
@@ -141,6 +143,12 @@ def read_frames(video: Video) -> Iterator[np.ndarray]:
             repeats = left.pop(frame.pts, 0)
             if not repeats:
                 continue
+            if frame.is_corrupt:
+                raise BadRecord(
+                    "damaged_media",
+                    f"{name(video.source)} has a damaged frame at {float(frame.time or 0):.1f} s, "
+                    "whole ones are needed: fetch it again or drop the record",
+                )
             pixels = _upright(frame)
             if pixels.shape != (video.height, video.width, 3):
                 raise BadRecord(
@@ -174,10 +182,13 @@ def _timeline(container, stream, clock: Clock) -> _Timeline:
     Of the pictures only the first is decoded.
     """
     runs, starts, size, base = {}, [], None, float(stream.time_base)
-    last, longest = None, 0  # pts of the last frame, and how long it is shown
-    for packet in container.demux(stream):
+    last, longest, ends = None, 0, 0.0  # pts of the last frame, how long it is shown; of any packet
+    for packet in container.demux():
         clock.check()
         if packet.size == 0:
+            continue
+        ends = max(ends, _end(packet))
+        if packet.stream_index != stream.index:
             continue
         if packet.pts is None:
             return _decoded_timeline(stream, clock)
@@ -195,7 +206,31 @@ def _timeline(container, stream, clock: Clock) -> _Timeline:
     if not runs or size is None:
         raise _empty(clock.source)
     pts = sorted(runs)
+    _check_whole(container, ends, float(np.diff(pts).max(initial=0)) * base, clock)
     return _Timeline(pts, runs, starts, last + (longest or _step(pts, stream)), size)
+
+
+def _end(packet) -> float:
+    """Returns the second at which what a packet holds ends."""
+    times = [time for time in (packet.pts, packet.dts) if time is not None]
+    return float((max(times) + (packet.duration or 0)) * packet.time_base) if times else 0.0
+
+
+def _check_whole(container, end: float, gap: float, clock: Clock) -> None:
+    """Raises BadRecord if the file says that it goes on after its last packet, of sound or picture.
+
+    By more than a second, a twentieth, or two of the longest frames: headers are not exact. Some
+    formats count from the first frame, that is later.
+    """
+    if container.format.name not in TIMED or container.duration is None:
+        return
+    until = container.duration / av.time_base
+    if until - end > max(1, until / 20, 2 * gap):
+        raise BadRecord(
+            "damaged_media",
+            f"{name(clock.source)} says that it lasts until {until:.1f} s and "
+            f"ends at {end:.1f} s, all of it is needed: it is cut off; fetch it again",
+        )
 
 
 def _decoded_timeline(stream, clock: Clock) -> _Timeline:
