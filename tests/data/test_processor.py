@@ -231,6 +231,19 @@ def test_the_pixels_of_a_record_are_limited(make_processor, monkeypatch):
     assert error.value.reason == "hostile_media"
 
 
+def test_text_is_judged_before_it_is_tokenised(make_processor, tokenizer, monkeypatch):
+    process = make_processor(max_length=100)
+    longest = len("<|stream_start|>")
+    assert tokenizer.longest == longest
+    monkeypatch.setattr(type(tokenizer), "encode_text", lambda *_: pytest.fail("tokenised"))
+    words = "x" * (100 * longest - len("Really?"))
+    with pytest.raises(BadRecord, match=f"says {100 * longest + 1} characters") as error:
+        process(ask(answer=words + "x"))
+    assert error.value.reason == "too_long"
+    with pytest.raises(pytest.fail.Exception, match="tokenised"):
+        process(ask(answer=words))
+
+
 def test_visual_budget(make_processor):
     process = make_processor(max_visual_tokens=40)
     assert process(ask(picture(), picture())).visual.sum() == 32

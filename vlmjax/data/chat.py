@@ -123,6 +123,13 @@ def _check_part(part, number, role):
     return None
 
 
+def text_length(messages: Sequence[dict]) -> int:
+    """Returns the number of characters that checked messages say."""
+    contents = (m["content"] for m in messages)
+    said = ([{"text": c}] if isinstance(c, str) else c for c in contents)
+    return sum(len(part.get("text", "")) for parts in said for part in parts)
+
+
 def is_time(value) -> bool:
     """Whether a value is a time in seconds, or None."""
     number = isinstance(value, (int, float, np.integer, np.floating))

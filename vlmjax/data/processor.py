@@ -230,6 +230,13 @@ class Processor:
 
     def encode(self, messages, pictures, seed, generation=False) -> chat.Encoded:
         """Returns checked messages as tokens, see `chat.encode`."""
+        characters, most = chat.text_length(messages), self.config.max_length
+        if characters > most * self.tokenizer.longest:  # to tokenise it would take long
+            raise BadRecord(
+                "too_long",
+                f"record {seed!r} says {characters} characters, with tokens of at most "
+                f"{self.tokenizer.longest} these are more than max_length = {most}: shorten it",
+            )
         return chat.encode(
             messages,
             pictures,
