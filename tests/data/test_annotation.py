@@ -11,6 +11,7 @@ from vlmjax.data import annotation, chat
 from vlmjax.data.annotation import document_message, ordinary_messages, stream_messages, to_record
 from vlmjax.data.grounding import GROUNDING
 from vlmjax.data.health import BadRecord
+from vlmjax.data.timed import interleaved
 
 
 def turns(*texts):
@@ -325,27 +326,29 @@ def test_answers_are_kept_letter_by_letter(text):
     assert [m["content"] for m in messages if m["role"] == "assistant"] == [said, text]
 
 
+VIDEO = {"type": "video", "video": "v.mp4"}
+
+
 def spoken(*times):
     return [{"role": "assistant", "content": "x", "time": t} for t in times]
 
 
 def test_streams_are_cut_where_messages_would_lack_frames():
     times = [0.0, 1.0, 2.0, 3.0]
-    said = spoken(0.5, 1.0, 2.0, 9.0)
-    messages, dropped = stream_messages({"conversation": said}, times, times, max_frames=2)
+    messages, dropped = interleaved(spoken(0.5, 1.0, 2.0, 9.0), times, times, max_frames=2)
     assert [m["role"] for m in messages] == ["stream", "assistant", "stream", "assistant"]
     assert dropped == 2
     frames = list(np.arange(1000.0))
-    messages, dropped = stream_messages({"conversation": spoken(399, 399.5, 400)}, frames, frames)
+    messages, dropped = interleaved(spoken(399, 399.5, 400), frames, frames)
     assert [m["role"] for m in messages].count("stream") == 400 and dropped == 1
 
 
 @pytest.mark.parametrize(
     "said,match",
     [
-        (spoken(2.0, 1.0), "turn 1 has time 1.0 after 2.0: sort"),
-        (spoken(float("nan")), "turn 0 has time nan"),
-        (spoken(None), "turn 0 has time None"),
+        (spoken(2.0, 1.0), "message 2 of a stream has time 1.0 after 2.0: give seconds and sort"),
+        (spoken(float("nan")), "message 1 of a stream has time nan"),
+        (spoken(None), "message 1 of a stream has time None"),
         ([], "no 'conversation'"),
         (None, "'conversation' of type NoneType"),
         ([{"role": "assistant", "content": 3, "time": 0}], "says a int"),
@@ -353,18 +356,23 @@ def test_streams_are_cut_where_messages_would_lack_frames():
     ],
 )
 def test_malformed_streams_are_refused(said, match):
-    with pytest.raises(BadRecord, match=match):
-        stream_messages({"conversation": said}, [0.0], [0.0])
+    with pytest.raises(BadRecord, match=match) as error:
+        stream_messages({"video": "v.mp4", "conversation": said})
+    assert error.value.reason == "malformed"
 
 
-def test_a_stream_whose_answers_are_all_cut_is_refused(make_video):
-    path = make_video("cut.mp4", [40 * k for k in range(25 * 4)])
-    record = {"stream": True, "video": path.name, "conversation": spoken(1.5, 3.0)}
-    made = to_record(record, path.parent, id="s", max_stream_frames=2)
-    assert made["dropped_messages"] == 1
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "stream", "content": [VIDEO, VIDEO]}],
+        [{"role": "stream", "content": [VIDEO]}, {"role": "user", "content": "x"}],
+        [{"role": "user", "content": "x"}, {"role": "stream", "content": [VIDEO]}],
+    ],
+)
+def test_a_stream_comes_first_and_what_is_said_has_a_time(messages):
     with pytest.raises(BadRecord) as error:
-        to_record(record, path.parent, id="s", max_stream_frames=1)
-    assert error.value.reason == "no_answer"
+        chat.check_messages(messages)
+    assert error.value.reason == "malformed"
 
 
 def test_media_paths_stay_inside_the_root(root):

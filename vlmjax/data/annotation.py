@@ -17,14 +17,13 @@ differs from the media count are errors (`BadRecord`), and nothing is replaced b
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
-from vlmjax.data.chat import check_answer, is_time
+from vlmjax.data.chat import check_answer
 from vlmjax.data.grounding import box_part, check_part
 from vlmjax.data.health import BadRecord
 from vlmjax.data.image import check_machine, check_path
-from vlmjax.data.video import VideoFrame, open_video
+from vlmjax.data.timed import check_stream, is_time
 
 ROLES = {
     "human": "user",
@@ -42,9 +41,6 @@ def to_record(
     root: str | Path,
     *,
     id: str | None = None,
-    fps: float = 1.0,
-    sampling: str = "last_of_second",
-    max_stream_frames: int = 400,
 ) -> dict:
     """Returns the record of an annotation whose media paths are relative to `root` and stay inside
     it; BadRecord if it cannot be used.
@@ -57,9 +53,6 @@ def to_record(
       annotation: one entry of an annotation file.
       root: folder of the media.
       id: used where the annotation has no "id".
-      fps, sampling: frames of a stream.
-      max_stream_frames: a longer stream is cut there, and the number of messages lost is in
-        "dropped_messages".
     """
     if not isinstance(annotation, dict):
         raise _malformed(f"annotation is a {type(annotation).__name__}", "give an object")
@@ -70,22 +63,17 @@ def to_record(
         )
     record = {"id": str(name)}
     if annotation.get("stream"):
-        video = _open_stream(annotation, root, fps=fps, sampling=sampling)
-        frames = [VideoFrame(video, k) for k in range(len(video.pts))]
-        record["messages"], record["dropped_messages"] = stream_messages(
-            annotation, video.timestamps, frames, max_stream_frames
-        )
+        record["messages"] = stream_messages(annotation)
     elif "texts" in annotation or "text_list" in annotation:
         record["messages"] = [document_message(annotation)]
     else:
         record["messages"], repairs = ordinary_messages(annotation)
         record |= {"repairs": repairs} if repairs else {}
     check_answer(record["messages"])
-    if not annotation.get("stream"):
-        for message in record["messages"]:
-            parts = () if isinstance(message["content"], str) else message["content"]
-            for part in (p for p in parts if p["type"] in MEDIA):
-                part[part["type"]] = media_path(root, part[part["type"]])
+    for message in record["messages"]:
+        parts = () if isinstance(message["content"], str) else message["content"]
+        for part in (p for p in parts if p["type"] in MEDIA):
+            part[part["type"]] = media_path(root, part[part["type"]])
     return record
 
 
@@ -257,57 +245,28 @@ def document_message(annotation: dict) -> dict:
     return {"role": "document", "content": parts}
 
 
-def stream_messages(
-    annotation: dict, timestamps: Sequence[float], frames: Sequence, max_frames: int = 400
-) -> tuple[list[dict], int]:
-    """Returns the messages of a stream annotation and how many were dropped because the stream was
-    cut.
-
-    Before each message come the frames shown up to its time, one stream message each, timed from
-    `start_time`. Frames after the last message are left out.
-
-    Args:
-      annotation: with "conversation" in order of time.
-      timestamps: seconds of each frame, absolute in the file.
-      frames: image sources, one per timestamp.
-      max_frames: messages at or after the time of the first frame beyond it are dropped.
-    """
-    origin = annotation.get("start_time") or 0.0
+def stream_messages(annotation: dict) -> list[dict]:
+    """Returns the messages of a stream annotation: the video, then what is said with its "time" in
+    seconds of the file; `media.gather` puts its frames between them."""
+    files = _media(annotation, "video")
+    if len(files) != 1:
+        raise _malformed(f"stream annotation has {len(files)} videos", "give one")
+    times = {key: annotation.get(key) for key in ("start_time", "end_time")}
+    if not all(map(is_time, times.values())):
+        raise _malformed(f"stream annotation has {str(times)[:80]}", "give seconds")
     conversation = _list(annotation, "conversation")
     if not conversation:
         raise _malformed("stream annotation has no 'conversation'", "give [{role, content, time}]")
-    cut = timestamps[max_frames] if len(timestamps) > max_frames else float("inf")
-    messages, shown, before = [], 0, float("-inf")
+    part = {"type": "video", "video": files[0]}
+    part |= {key: time for key, time in times.items() if time is not None}
+    messages = [{"role": "stream", "content": [part]}]
     for number, turn in enumerate(conversation):
         role, text = _turn(number, turn)
         if not isinstance(text, str):
             raise _malformed(f"stream turn {number} says a {type(text).__name__}", "give text")
-        time = turn.get("time")
-        if time is None or not is_time(time) or time < before:
-            raise _malformed(
-                f"stream turn {number} has time {str(time)[:80]} after {before}",
-                "sort turns by time",
-            )
-        before = time
-        if before >= cut:
-            return messages, len(conversation) - number
-        while shown < len(timestamps) and timestamps[shown] <= before:
-            part = {"type": "image", "image": frames[shown], "time": timestamps[shown] - origin}
-            messages.append({"role": "stream", "content": [part]})
-            shown += 1
-        messages.append({"role": role, "content": text})
-    return messages, 0
-
-
-def _open_stream(annotation, root, **choice):
-    files = _media(annotation, "video")
-    if len(files) != 1:
-        raise _malformed(f"stream annotation has {len(files)} videos", "give one")
-    times = [annotation.get(key) for key in ("start_time", "end_time")]
-    if not all(map(is_time, times)):
-        raise _malformed(f"stream annotation has start and end {str(times)[:80]}", "give seconds")
-    path, (start, end) = media_path(root, files[0]), times
-    return open_video(path, max_frames=1_000_000, start=start, end=end, **choice)
+        messages.append({"role": role, "content": text, "time": turn.get("time")})
+    check_stream(messages)
+    return messages
 
 
 def _turns(annotation):
