@@ -13,6 +13,7 @@ from vlmjax.data.grounding import GROUNDING
 from vlmjax.data.health import BadRecord
 from vlmjax.data.media import Medium
 from vlmjax.data.processor import Processor, ProcessorConfig, control_tokens
+from vlmjax.data.sample import window_coords
 from vlmjax.data.tokenizer import SPECIAL_TOKENS, byte_tokenizer
 
 RNG = np.random.default_rng(1)
@@ -285,6 +286,13 @@ def test_text_is_judged_before_it_is_tokenised(make_processor, tokenizer, monkey
     assert error.value.reason == "too_long"
     with pytest.raises(pytest.fail.Exception, match="tokenised"):
         process(ask(answer=words))
+
+
+def test_few_coordinates_are_kept():
+    """Pictures in native sizes hardly repeat; one of 16,384 patches takes 131 KB."""
+    for height in range(1, 200):
+        window_coords(height, 4, 1)
+    assert window_coords.cache_info().currsize <= 64
 
 
 def test_visual_budget(make_processor):
