@@ -110,6 +110,32 @@ def test_leading_answers_are_left_out_and_counted():
     assert repairs == {"leading_assistant": 2}
 
 
+@pytest.mark.parametrize(
+    "text,tags",
+    [
+        ("How do I use the HTML <video> tag?", 1),
+        ("Explain <image> and <video> in SVG", 2),
+        ("What is wrong?\n<video>\n  <source>\n</video>", 1),
+        ("No tag", 0),
+    ],
+)
+def test_markup_in_records_without_media_is_text(text, tags):
+    messages, repairs = ordinary_messages({"conversations": turns(f" {text}\n", "x")})
+    assert shape(messages) == [("user", [text]), ("assistant", "x")]
+    assert repairs == ({"literal_tag": tags} if tags else {})
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<image>\nWhat?", "What?\n<image>", "Picture 1: <image>\nWhat?", "<video>", "a <image>"],
+)
+def test_places_of_lost_media_are_no_markup(text):
+    for said in (turns(text, "x"), turns("The <image> tag", "x", text, "y")):
+        with pytest.raises(BadRecord, match="tags for 0") as error:
+            ordinary_messages({"conversations": said})
+        assert error.value.reason == "placeholders"
+
+
 def test_images_and_videos_stand_anywhere():
     record = {
         "image": ["a", "b"],

@@ -46,8 +46,9 @@ def to_record(
     it; BadRecord if it cannot be used.
 
     What was put right is counted by name in "repairs", which is absent when nothing was:
-    "missing_tag" (a file that no tag says the place of: it comes first) and "leading_assistant" (a
-    turn that answers nothing: it is left out).
+    "missing_tag" (a file that no tag says the place of: it comes first), "leading_assistant" (a
+    turn that answers nothing: it is left out) and "literal_tag" (HTML or SVG in a record without
+    media: it is text).
 
     Args:
       annotation: one entry of an annotation file.
@@ -117,6 +118,9 @@ def ordinary_messages(annotation: dict) -> tuple[list[dict], dict[str, int]]:
     repairs, missing = {"leading_assistant": leading} if leading else {}, []
     left = {kind: _media(annotation, kind) for kind in MEDIA}
     content = [_parts(role, value) for role, value in turns]
+    if literal := _literal(turns, left):
+        repairs["literal_tag"] = literal
+        content = [_parts(role, value, tags=None) for role, value in turns]
     for kind in MEDIA:
         tags = sum(p["type"] == kind and kind not in p for parts in content for p in parts)
         if not tags:
@@ -293,12 +297,33 @@ def _turn(number, turn):
     return ROLES[who], said
 
 
-def _parts(role, said):
+def _literal(turns, files):
+    """Returns how many media tags are no place of a file, but HTML or SVG that users talk about.
+
+    That is where there is no medium at all, and each tag is closed or has words before and behind
+    it in its line: one that begins or ends a line is the place of a file that was lost.
+    """
+    texts = [said for role, said in turns if role == "user"]
+    if any(files.values()) or not all(isinstance(said, str) for said in texts):
+        return 0
+    number = sum(len(_TAG.findall(said)) for said in texts)
+    return number if all(map(_is_markup, texts)) else 0
+
+
+def _is_markup(text):
+    for tag in _TAG.finditer(text):
+        before, behind = text[: tag.start()].rpartition("\n")[2], text[tag.end() :].split("\n")[0]
+        if f"</{tag[0][1:]}" not in text and not (before.strip() and behind.strip()):
+            return False
+    return True
+
+
+def _parts(role, said, tags=_TAG):
     """Returns the parts of a turn, media tags of users as parts without their file."""
     if isinstance(said, str) and role != "user":
         return [{"type": "text", "text": said}] if said else []
     if isinstance(said, str):
-        pieces = (piece.strip() for piece in _TAG.split(said))
+        pieces = (piece.strip() for piece in (tags.split(said) if tags else [said]))
         return [
             {"type": piece[1:-1]} if k % 2 else {"type": "text", "text": piece}
             for k, piece in enumerate(pieces)
