@@ -112,7 +112,9 @@ def open_video(
             else None
         )
     times = [pts * base for pts in timeline.pts]
-    _check_cost(clock, len(times), float(timeline.end * base - times[0]))
+    seconds = timeline.end * base - times[0]
+    if seconds > limits.duration or len(times) > limits.rate * max(seconds, 1):
+        raise _too_much(clock, len(times), seconds)
     try:
         chosen, stamps = SAMPLERS[sampling](
             times,
@@ -181,42 +183,40 @@ def _timeline(container, stream, clock: Clock) -> _Timeline:
 
     Of the pictures only the first is decoded.
     """
-    runs, starts, size, base = {}, [], None, float(stream.time_base)
-    last, longest, ends = None, 0, 0.0  # pts of the last frame, how long it is shown; of any packet
+    runs, starts, size, ends = {}, [], None, {}
+    last, longest = None, 0  # pts of the last frame, and how long it is shown
+    most = clock.limits.duration / stream.time_base
     for packet in container.demux():
         clock.check()
         if packet.size == 0:
             continue
-        ends = max(ends, _end(packet))
-        if packet.stream_index != stream.index:
+        number, pts, length = packet.stream_index, packet.pts, packet.duration or 0
+        time = packet.dts if pts is None else pts
+        ends[number] = max(ends.get(number, 0), (time or 0) + length)
+        if number != stream.index:
             continue
-        if packet.pts is None:
+        if pts is None:
             return _decoded_timeline(stream, clock)
         if packet.is_keyframe:
-            starts.append(packet.pts)
+            starts.append(pts)
         if starts and size is None:
             size = next(map(_size, packet.decode()), None)
-        if starts and not packet.is_discard and packet.pts >= starts[0]:
-            runs[packet.pts] = len(starts) - 1
-            if last is None or packet.pts >= last:
-                last, longest = packet.pts, packet.duration or 0
-            _check_cost(clock, len(runs), (last - starts[0]) * base, whole=False)
+        if starts and not packet.is_discard and pts >= starts[0]:
+            runs[pts] = len(starts) - 1
+            if last is None or pts >= last:
+                last, longest = pts, length
+            if len(runs) > clock.limits.frames or last - starts[0] > most:
+                raise _too_much(clock, len(runs), (last - starts[0]) * stream.time_base)
     if size is None and starts:
         size = next(map(_size, stream.codec_context.decode(None)), None)
     if not runs or size is None:
         raise _empty(clock.source)
+    _check_whole(container, ends, stream, runs, clock)
     pts = sorted(runs)
-    _check_whole(container, ends, float(np.diff(pts).max(initial=0)) * base, clock)
     return _Timeline(pts, runs, starts, last + (longest or _step(pts, stream)), size)
 
 
-def _end(packet) -> float:
-    """Returns the second at which what a packet holds ends."""
-    times = [time for time in (packet.pts, packet.dts) if time is not None]
-    return float((max(times) + (packet.duration or 0)) * packet.time_base) if times else 0.0
-
-
-def _check_whole(container, end: float, gap: float, clock: Clock) -> None:
+def _check_whole(container, ends: dict[int, int], stream, runs, clock: Clock) -> None:
     """Raises BadRecord if the file says that it goes on after its last packet, of sound or picture.
 
     By more than a second, a twentieth, or two of the longest frames: headers are not exact. Some
@@ -224,42 +224,43 @@ def _check_whole(container, end: float, gap: float, clock: Clock) -> None:
     """
     if container.format.name not in TIMED or container.duration is None:
         return
+    end = float(max(end * container.streams[number].time_base for number, end in ends.items()))
+    gap = np.diff(sorted(runs)).max(initial=0) * float(stream.time_base)
     until = container.duration / av.time_base
     if until - end > max(1, until / 20, 2 * gap):
         raise BadRecord(
             "damaged_media",
-            f"{name(clock.source)} says that it lasts until {until:.1f} s and "
-            f"ends at {end:.1f} s, all of it is needed: it is cut off; fetch it again",
+            f"{name(clock.source)} says that it lasts until {until:.1f} s and ends at {end:.1f} s, "
+            "all of it is needed: it is cut off; fetch it again",
         )
 
 
 def _decoded_timeline(stream, clock: Clock) -> _Timeline:
-    shown, size, base = {}, None, float(stream.time_base)
+    shown, size = {}, None
+    most = clock.limits.duration / stream.time_base
     with opened(clock) as (container, fresh):
         for frame in _decode(container, fresh, clock):
             size = size or _size(frame)
-            if frame.pts is not None:
-                shown[frame.pts] = frame.duration or 0
-                span = (frame.pts - next(iter(shown))) * base
-                _check_cost(clock, len(shown), span, whole=False)
+            if frame.pts is None:
+                continue
+            shown[frame.pts] = frame.duration or 0
+            length = frame.pts - next(iter(shown))
+            if len(shown) > clock.limits.frames or length > most:
+                raise _too_much(clock, len(shown), length * stream.time_base)
     if not shown:
         raise _empty(clock.source)
     pts = sorted(shown)
     return _Timeline(pts, None, [], pts[-1] + (shown[pts[-1]] or _step(pts, stream)), size)
 
 
-def _check_cost(clock: Clock, frames: int, seconds: float, whole: bool = True) -> None:
-    """Raises BadRecord for too many frames or too long a video, or where `whole` for too many a
-    second."""
+def _too_much(clock: Clock, frames: int, seconds: Fraction) -> BadRecord:
     limits = clock.limits
-    dense = whole and frames > limits.rate * max(seconds, 1)
-    if seconds > limits.duration or frames > limits.frames or dense:
-        raise BadRecord(
-            "hostile_media",
-            f"{name(clock.source)} has {frames} frames in {seconds:.1f} s, at most "
-            f"{limits.duration:.0f} s, {limits.frames} frames and {limits.rate:.0f} frames/s are "
-            "read: cut it or re-encode it",
-        )
+    return BadRecord(
+        "hostile_media",
+        f"{name(clock.source)} has {frames} frames in {float(seconds):.1f} s, at most "
+        f"{limits.duration:.0f} s, {limits.frames} frames and {limits.rate:.0f} frames/s are "
+        "read: cut it or re-encode it",
+    )
 
 
 def _step(pts: list[int], stream) -> int:
