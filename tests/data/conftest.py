@@ -45,11 +45,11 @@ def make_video(tmp_path_factory):
     """Writes frames numbered 0, 1, ... at the given times (in 1/1000 s) and returns the path."""
     folder = tmp_path_factory.mktemp("videos")
 
-    def make(name, times, codec="libx264", gop=12, step=40, **options):
+    def make(name, times, codec="libx264", gop=12, step=40, container=None, **options):
         path = folder / name
         if path.exists():
             return path
-        with av.open(str(path), "w") as container:
+        with av.open(str(path), "w", options=container) as container:
             stream = container.add_stream(codec, rate=1000 // step)
             stream.width = stream.height = SIDE
             stream.pix_fmt = "yuv420p"

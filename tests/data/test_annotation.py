@@ -3,12 +3,11 @@
 import copy
 import json
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from vlmjax.data import annotation, chat
-from vlmjax.data.annotation import document_message, ordinary_messages, stream_messages, to_record
+from vlmjax.data.annotation import document_message, ordinary_messages, to_record
 from vlmjax.data.grounding import GROUNDING
 from vlmjax.data.health import BadRecord
 
@@ -107,6 +106,32 @@ def test_leading_answers_are_left_out_and_counted():
     messages, repairs = ordinary_messages(record)
     assert [m["role"] for m in messages] == ["system", "user", "assistant"]
     assert repairs == {"leading_assistant": 2}
+
+
+@pytest.mark.parametrize(
+    "text,tags",
+    [
+        ("How do I use the HTML <video> tag?", 1),
+        ("Explain <image> and <video> in SVG", 2),
+        ("What is wrong?\n<video>\n  <source>\n</video>", 1),
+        ("No tag", 0),
+    ],
+)
+def test_markup_in_records_without_media_is_text(text, tags):
+    messages, repairs = ordinary_messages({"conversations": turns(f" {text}\n", "x")})
+    assert shape(messages) == [("user", [text]), ("assistant", "x")]
+    assert repairs == ({"literal_tag": tags} if tags else {})
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<image>\nWhat?", "What?\n<image>", "Picture 1: <image>\nWhat?", "<video>", "a <image>"],
+)
+def test_places_of_lost_media_are_no_markup(text):
+    for said in (turns(text, "x"), turns("The <image> tag", "x", text, "y")):
+        with pytest.raises(BadRecord, match="tags for 0") as error:
+            ordinary_messages({"conversations": said})
+        assert error.value.reason == "placeholders"
 
 
 def test_images_and_videos_stand_anywhere():
@@ -323,48 +348,6 @@ def test_answers_are_kept_letter_by_letter(text):
     said = f" {text} and\n{text} "
     messages, _ = ordinary_messages({"conversations": turns("Say", said, "again", text)})
     assert [m["content"] for m in messages if m["role"] == "assistant"] == [said, text]
-
-
-def spoken(*times):
-    return [{"role": "assistant", "content": "x", "time": t} for t in times]
-
-
-def test_streams_are_cut_where_messages_would_lack_frames():
-    times = [0.0, 1.0, 2.0, 3.0]
-    said = spoken(0.5, 1.0, 2.0, 9.0)
-    messages, dropped = stream_messages({"conversation": said}, times, times, max_frames=2)
-    assert [m["role"] for m in messages] == ["stream", "assistant", "stream", "assistant"]
-    assert dropped == 2
-    frames = list(np.arange(1000.0))
-    messages, dropped = stream_messages({"conversation": spoken(399, 399.5, 400)}, frames, frames)
-    assert [m["role"] for m in messages].count("stream") == 400 and dropped == 1
-
-
-@pytest.mark.parametrize(
-    "said,match",
-    [
-        (spoken(2.0, 1.0), "turn 1 has time 1.0 after 2.0: sort"),
-        (spoken(float("nan")), "turn 0 has time nan"),
-        (spoken(None), "turn 0 has time None"),
-        ([], "no 'conversation'"),
-        (None, "'conversation' of type NoneType"),
-        ([{"role": "assistant", "content": 3, "time": 0}], "says a int"),
-        ([{"role": "assistant", "content": [], "time": 0}], "says a list: give text"),
-    ],
-)
-def test_malformed_streams_are_refused(said, match):
-    with pytest.raises(BadRecord, match=match):
-        stream_messages({"conversation": said}, [0.0], [0.0])
-
-
-def test_a_stream_whose_answers_are_all_cut_is_refused(make_video):
-    path = make_video("cut.mp4", [40 * k for k in range(25 * 4)])
-    record = {"stream": True, "video": path.name, "conversation": spoken(1.5, 3.0)}
-    made = to_record(record, path.parent, id="s", max_stream_frames=2)
-    assert made["dropped_messages"] == 1
-    with pytest.raises(BadRecord) as error:
-        to_record(record, path.parent, id="s", max_stream_frames=1)
-    assert error.value.reason == "no_answer"
 
 
 def test_media_paths_stay_inside_the_root(root):

@@ -149,9 +149,9 @@ def test_tokenizer_refusals(tokenizer, tmp_path):
             r"\(assistant\) holds a image",
         ),
         (
-            [{"role": "stream", "content": [{"type": "video"}]}],
+            [{"role": "user", "content": "x"}, {"role": "stream", "content": [{"type": "video"}]}],
             "malformed",
-            "holds a video: give one timed",
+            "holds a video: give it first, or one timed",
         ),
         (
             [{"role": "assistant", "content": [{"type": "box", "boxes": [[0, 0, 3, 1]]}]}],

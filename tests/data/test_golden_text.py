@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from vlmjax.data import annotation, chat
+from vlmjax.data.timed import interleaved
 from vlmjax.data.tokenizer import byte_tokenizer
 
 SPECIAL = (
@@ -98,6 +99,11 @@ def with_timestamps(messages):
     return shown, sum({"image": 1, "video": 3}.get(part["type"], 0) for part in parts)
 
 
+def streamed(record, times):
+    messages = annotation.stream_messages(record)
+    return interleaved(messages[1:], times, times, record.get("start_time") or 0.0)
+
+
 @pytest.mark.parametrize("case", range(6))
 def test_golden_annotations(golden, case):
     z, _ = golden("videollama3_text")
@@ -105,7 +111,7 @@ def test_golden_annotations(golden, case):
     expected = json.loads(str(z[f"out/messages_{case:02d}"]))
     if record.get("stream"):
         times = z[f"in/annotation_timestamps_{case:02d}"].tolist()
-        messages, dropped = annotation.stream_messages(record, times, times)
+        messages, dropped = streamed(record, times)
         frames = [p["image"] for m in messages if m["role"] == "stream" for p in m["content"]]
         used = json.loads(str(z[f"out/messages_info_{case:02d}"]))["frames_used"]
         assert frames == times[:used] and dropped == 0
@@ -122,7 +128,7 @@ def test_golden_annotations_are_trained_as_their_messages(golden, golden_tokeniz
     record = json.loads(str(z[f"in/annotation_{case:02d}"]))
     times = z[f"in/annotation_timestamps_{case:02d}"].tolist()
     if record.get("stream"):
-        messages, _ = annotation.stream_messages(record, times, times)
+        messages, _ = streamed(record, times)
     else:
         messages, _ = annotation.ordinary_messages(record)
     found, expected = (

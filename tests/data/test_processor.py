@@ -13,6 +13,7 @@ from vlmjax.data.grounding import GROUNDING
 from vlmjax.data.health import BadRecord
 from vlmjax.data.media import Medium
 from vlmjax.data.processor import Processor, ProcessorConfig, control_tokens
+from vlmjax.data.sample import window_coords
 from vlmjax.data.tokenizer import SPECIAL_TOKENS, byte_tokenizer
 
 RNG = np.random.default_rng(1)
@@ -108,7 +109,6 @@ def test_stream_annotation_end_to_end(make_processor, make_video, tokenizer):
         ],
     }
     record = annotation.to_record(record, path.parent, id="s")
-    assert record["dropped_messages"] == 0
     process = make_processor(min_visual_tokens=1)
     sample = process(record)
     text = tokenizer.decode(sample.tokens)
@@ -120,6 +120,50 @@ def test_stream_annotation_end_to_end(make_processor, make_video, tokenizer):
     )
     assert decisions.sum() == 2  # of user, stream, speak: one per kind
     np.testing.assert_array_equal(sample.labels, process(record).labels)
+
+
+def test_settings_of_a_stream_are_those_of_the_processor(make_processor, make_video):
+    path = make_video("long.mp4", [40 * k for k in range(25 * 40)], gop=25)
+    said = [{"role": "user", "content": "Tell me.", "time": 0.0}]
+    said += [{"role": "assistant", "content": "Now.", "time": t} for t in (5.5, 20.5, 30.5)]
+    stream = {"stream": True, "video": path.name, "start_time": 1.0, "conversation": said}
+    record = annotation.to_record(stream, path.parent, id="s")
+
+    def frames(**config):
+        sample = make_processor(min_visual_tokens=1, **config)(record, pixels="blank")
+        return len(sample.items), sample.repairs
+
+    assert frames() == (30, {})
+    assert frames(fps=0.2) == (6, {})
+    with pytest.raises(BadRecord, match="has 30 frames, max_stream_frames is 10") as error:
+        frames(max_stream_frames=10)
+    assert error.value.reason == "too_long"
+    cut = dict(max_stream_frames=10, overlong="cut_at_turns")
+    assert frames(**cut) == (5, {"dropped_messages": 2})
+    cut |= {"max_stream_frames": 3}
+    with pytest.raises(BadRecord) as error:
+        frames(**cut)
+    assert error.value.reason == "no_answer"
+
+
+def test_media_are_opened_once_however_often_a_conversation_is_cut(make_processor, monkeypatch):
+    rounds = [
+        {"role": role, "content": content}
+        for k in range(31)
+        for role, content in (("user", [clip(), picture(), clip()]), ("assistant", f"It is {k}."))
+    ]
+    opened, size = [], media.image.image_size
+    monkeypatch.setattr(media.image, "image_size", lambda s: opened.append(s) or size(s))
+    limits = dict(min_visual_tokens=1, compression=False, max_visual_tokens=200)
+    process = make_processor(overlong="cut_at_turns", **limits)
+    sample = process({"id": "a", "messages": rounds})
+    assert len(opened) == 31
+    kept = rounds[: len(rounds) - sample.repairs["cut_messages"]]
+    assert 2 < len(kept) < len(rounds)
+    alone = make_processor(**limits)({"id": "a", "messages": kept})
+    np.testing.assert_array_equal(sample.tokens, alone.tokens)
+    for a, b in zip(sample.items, alone.items, strict=True):
+        np.testing.assert_array_equal(a.patches, b.patches)
 
 
 def test_stream_sources_mix(make_processor, tmp_path):
@@ -231,6 +275,26 @@ def test_the_pixels_of_a_record_are_limited(make_processor, monkeypatch):
     assert error.value.reason == "hostile_media"
 
 
+def test_text_is_judged_before_it_is_tokenised(make_processor, tokenizer, monkeypatch):
+    process = make_processor(max_length=100)
+    longest = len("<|stream_start|>")
+    assert tokenizer.longest == longest
+    monkeypatch.setattr(type(tokenizer), "encode_text", lambda *_: pytest.fail("tokenised"))
+    words = "x" * (100 * longest - len("Really?"))
+    with pytest.raises(BadRecord, match=f"says {100 * longest + 1} characters") as error:
+        process(ask(answer=words + "x"))
+    assert error.value.reason == "too_long"
+    with pytest.raises(pytest.fail.Exception, match="tokenised"):
+        process(ask(answer=words))
+
+
+def test_few_coordinates_are_kept():
+    """Pictures in native sizes hardly repeat; one of 16,384 patches takes 131 KB."""
+    for height in range(1, 200):
+        window_coords(height, 4, 1)
+    assert window_coords.cache_info().currsize <= 64
+
+
 def test_visual_budget(make_processor):
     process = make_processor(max_visual_tokens=40)
     assert process(ask(picture(), picture())).visual.sum() == 32
@@ -302,10 +366,10 @@ def test_long_conversations_are_refused_or_cut_at_turns(tmp_path):
         for k in range(6)
     ]
     messages = sum(rounds, [])
-    record = {"id": "a", "messages": messages, "repairs": {"missing_tag": 1}, "dropped_messages": 2}
+    record = {"id": "a", "messages": messages, "repairs": {"missing_tag": 1}}
     tokenizer = byte_tokenizer()
     whole = Processor(ProcessorConfig(), tokenizer)(record)
-    assert whole.repairs == {"missing_tag": 1, "dropped_messages": 2}
+    assert whole.repairs == {"missing_tag": 1}
     half = len(whole.tokens) // 2
     with pytest.raises(BadRecord, match="max_length is") as error:
         Processor(ProcessorConfig(max_length=half), tokenizer)(record)

@@ -17,14 +17,13 @@ differs from the media count are errors (`BadRecord`), and nothing is replaced b
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
-from vlmjax.data.chat import check_answer, is_time
+from vlmjax.data.chat import check_answer
 from vlmjax.data.grounding import box_part, check_part
 from vlmjax.data.health import BadRecord
 from vlmjax.data.image import check_machine, check_path
-from vlmjax.data.video import VideoFrame, open_video
+from vlmjax.data.timed import check_stream, is_time
 
 ROLES = {
     "human": "user",
@@ -42,24 +41,19 @@ def to_record(
     root: str | Path,
     *,
     id: str | None = None,
-    fps: float = 1.0,
-    sampling: str = "last_of_second",
-    max_stream_frames: int = 400,
 ) -> dict:
     """Returns the record of an annotation whose media paths are relative to `root` and stay inside
     it; BadRecord if it cannot be used.
 
     What was put right is counted by name in "repairs", which is absent when nothing was:
-    "missing_tag" (a file that no tag says the place of: it comes first) and "leading_assistant" (a
-    turn that answers nothing: it is left out).
+    "missing_tag" (a file that no tag says the place of: it comes first), "leading_assistant" (a
+    turn that answers nothing: it is left out) and "literal_tag" (HTML or SVG in a record without
+    media: it is text).
 
     Args:
       annotation: one entry of an annotation file.
       root: folder of the media.
       id: used where the annotation has no "id".
-      fps, sampling: frames of a stream.
-      max_stream_frames: a longer stream is cut there, and the number of messages lost is in
-        "dropped_messages".
     """
     if not isinstance(annotation, dict):
         raise _malformed(f"annotation is a {type(annotation).__name__}", "give an object")
@@ -70,22 +64,17 @@ def to_record(
         )
     record = {"id": str(name)}
     if annotation.get("stream"):
-        video = _open_stream(annotation, root, fps=fps, sampling=sampling)
-        frames = [VideoFrame(video, k) for k in range(len(video.pts))]
-        record["messages"], record["dropped_messages"] = stream_messages(
-            annotation, video.timestamps, frames, max_stream_frames
-        )
+        record["messages"] = stream_messages(annotation)
     elif "texts" in annotation or "text_list" in annotation:
         record["messages"] = [document_message(annotation)]
     else:
         record["messages"], repairs = ordinary_messages(annotation)
         record |= {"repairs": repairs} if repairs else {}
     check_answer(record["messages"])
-    if not annotation.get("stream"):
-        for message in record["messages"]:
-            parts = () if isinstance(message["content"], str) else message["content"]
-            for part in (p for p in parts if p["type"] in MEDIA):
-                part[part["type"]] = media_path(root, part[part["type"]])
+    for message in record["messages"]:
+        parts = () if isinstance(message["content"], str) else message["content"]
+        for part in (p for p in parts if p["type"] in MEDIA):
+            part[part["type"]] = media_path(root, part[part["type"]])
     return record
 
 
@@ -129,6 +118,9 @@ def ordinary_messages(annotation: dict) -> tuple[list[dict], dict[str, int]]:
     repairs, missing = {"leading_assistant": leading} if leading else {}, []
     left = {kind: _media(annotation, kind) for kind in MEDIA}
     content = [_parts(role, value) for role, value in turns]
+    if literal := _literal(turns, left):
+        repairs["literal_tag"] = literal
+        content = [_parts(role, value, tags=None) for role, value in turns]
     for kind in MEDIA:
         tags = sum(p["type"] == kind and kind not in p for parts in content for p in parts)
         if not tags:
@@ -257,57 +249,28 @@ def document_message(annotation: dict) -> dict:
     return {"role": "document", "content": parts}
 
 
-def stream_messages(
-    annotation: dict, timestamps: Sequence[float], frames: Sequence, max_frames: int = 400
-) -> tuple[list[dict], int]:
-    """Returns the messages of a stream annotation and how many were dropped because the stream was
-    cut.
-
-    Before each message come the frames shown up to its time, one stream message each, timed from
-    `start_time`. Frames after the last message are left out.
-
-    Args:
-      annotation: with "conversation" in order of time.
-      timestamps: seconds of each frame, absolute in the file.
-      frames: image sources, one per timestamp.
-      max_frames: messages at or after the time of the first frame beyond it are dropped.
-    """
-    origin = annotation.get("start_time") or 0.0
+def stream_messages(annotation: dict) -> list[dict]:
+    """Returns the messages of a stream annotation: the video, then what is said with its "time" in
+    seconds of the file; `media.gather` puts its frames between them."""
+    files = _media(annotation, "video")
+    if len(files) != 1:
+        raise _malformed(f"stream annotation has {len(files)} videos", "give one")
+    times = {key: annotation.get(key) for key in ("start_time", "end_time")}
+    if not all(map(is_time, times.values())):
+        raise _malformed(f"stream annotation has {str(times)[:80]}", "give seconds")
     conversation = _list(annotation, "conversation")
     if not conversation:
         raise _malformed("stream annotation has no 'conversation'", "give [{role, content, time}]")
-    cut = timestamps[max_frames] if len(timestamps) > max_frames else float("inf")
-    messages, shown, before = [], 0, float("-inf")
+    part = {"type": "video", "video": files[0]}
+    part |= {key: time for key, time in times.items() if time is not None}
+    messages = [{"role": "stream", "content": [part]}]
     for number, turn in enumerate(conversation):
         role, text = _turn(number, turn)
         if not isinstance(text, str):
             raise _malformed(f"stream turn {number} says a {type(text).__name__}", "give text")
-        time = turn.get("time")
-        if time is None or not is_time(time) or time < before:
-            raise _malformed(
-                f"stream turn {number} has time {str(time)[:80]} after {before}",
-                "sort turns by time",
-            )
-        before = time
-        if before >= cut:
-            return messages, len(conversation) - number
-        while shown < len(timestamps) and timestamps[shown] <= before:
-            part = {"type": "image", "image": frames[shown], "time": timestamps[shown] - origin}
-            messages.append({"role": "stream", "content": [part]})
-            shown += 1
-        messages.append({"role": role, "content": text})
-    return messages, 0
-
-
-def _open_stream(annotation, root, **choice):
-    files = _media(annotation, "video")
-    if len(files) != 1:
-        raise _malformed(f"stream annotation has {len(files)} videos", "give one")
-    times = [annotation.get(key) for key in ("start_time", "end_time")]
-    if not all(map(is_time, times)):
-        raise _malformed(f"stream annotation has start and end {str(times)[:80]}", "give seconds")
-    path, (start, end) = media_path(root, files[0]), times
-    return open_video(path, max_frames=1_000_000, start=start, end=end, **choice)
+        messages.append({"role": role, "content": text, "time": turn.get("time")})
+    check_stream(messages)
+    return messages
 
 
 def _turns(annotation):
@@ -334,12 +297,33 @@ def _turn(number, turn):
     return ROLES[who], said
 
 
-def _parts(role, said):
+def _literal(turns, files):
+    """Returns how many media tags are no place of a file, but HTML or SVG that users talk about.
+
+    That is where there is no medium at all, and each tag is closed or has words before and behind
+    it in its line: one that begins or ends a line is the place of a file that was lost.
+    """
+    texts = [said for role, said in turns if role == "user"]
+    if any(files.values()) or not all(isinstance(said, str) for said in texts):
+        return 0
+    number = sum(len(_TAG.findall(said)) for said in texts)
+    return number if all(map(_is_markup, texts)) else 0
+
+
+def _is_markup(text):
+    for tag in _TAG.finditer(text):
+        before, behind = text[: tag.start()].rpartition("\n")[2], text[tag.end() :].split("\n")[0]
+        if f"</{tag[0][1:]}" not in text and not (before.strip() and behind.strip()):
+            return False
+    return True
+
+
+def _parts(role, said, tags=_TAG):
     """Returns the parts of a turn, media tags of users as parts without their file."""
     if isinstance(said, str) and role != "user":
         return [{"type": "text", "text": said}] if said else []
     if isinstance(said, str):
-        pieces = (piece.strip() for piece in _TAG.split(said))
+        pieces = (piece.strip() for piece in (tags.split(said) if tags else [said]))
         return [
             {"type": piece[1:-1]} if k % 2 else {"type": "text", "text": piece}
             for k, piece in enumerate(pieces)

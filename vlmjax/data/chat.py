@@ -25,12 +25,12 @@ import numpy as np
 from vlmjax.data.grounding import GROUNDING, PARTS, Grounding, check_part
 from vlmjax.data.health import BadRecord
 from vlmjax.data.templates import CONTROL, TEMPLATES, TEXT, VISUAL, Template
+from vlmjax.data.timed import TIMES, check_stream, is_time
 from vlmjax.data.tokenizer import Tokenizer
 
 IGNORE = -100
 TRAINED = ("assistant", "document")
 ROLES = ("system", "user", "assistant", "stream", "document")
-TIMES = ("time", "start_time", "end_time")  # of a part, in seconds
 
 
 class Encoded(NamedTuple):
@@ -100,6 +100,7 @@ def check_messages(messages: Sequence[dict]) -> None:
             )
         for part in content:
             _check_part(part, number, role)
+    check_stream(messages)
 
 
 def _check_part(part, number, role):
@@ -118,15 +119,16 @@ def _check_part(part, number, role):
             raise malformed(f"has {key} {str(part[key])[:80]!r}: give seconds, a finite number")
     if kind != "text" and role in ("system", "assistant"):
         raise malformed(f"({role}) holds a {kind}: move it to a user or stream message")
-    if kind == "video" and role == "stream":
-        raise malformed("(stream) holds a video: give one timed image per stream message")
+    if kind == "video" and role == "stream" and number:
+        raise malformed("(stream) holds a video: give it first, or one timed image per message")
     return None
 
 
-def is_time(value) -> bool:
-    """Whether a value is a time in seconds, or None."""
-    number = isinstance(value, (int, float, np.integer, np.floating))
-    return value is None or (number and bool(abs(value) < 1e15))  # also false for inf and nan
+def text_length(messages: Sequence[dict]) -> int:
+    """Returns the number of characters that checked messages say."""
+    contents = (m["content"] for m in messages)
+    said = ([{"text": c}] if isinstance(c, str) else c for c in contents)
+    return sum(len(part.get("text", "")) for parts in said for part in parts)
 
 
 def check_answer(messages: Sequence[dict]) -> None:

@@ -1,21 +1,25 @@
 """Finds the images, videos and streams in a conversation and judges them without decoding.
 
 A record's media are images, videos, and at most one stream: all images in stream messages are the
-frames of one video, whatever is said in between.
+frames of one video, whatever is said in between. They may also be given as the video itself, see
+`data.timed`.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
-from vlmjax.data import image, video
+from vlmjax.data import chat, image, video
 from vlmjax.data.health import BadRecord
+from vlmjax.data.timed import interleaved, is_stream
 
 MAX_PIXELS = 16 * image.MAX_PIXELS  # of all image files of a record: a minute of decoding
+STREAM = "stream"  # name of a medium
 
 
 @dataclass
@@ -55,11 +59,28 @@ class Medium:
 
 
 class Media(NamedTuple):
-    """Messages with timestamps filled in, their media, (medium, frame) of each slot in order."""
+    """What messages show.
+
+    Attributes:
+      messages: with timestamps filled in, and the frames of a stream between them.
+      media: of the messages, in order.
+      slots: (medium, frame) of each place where one is shown, in order.
+      ends: number of slots up to the end of each message.
+      dropped: number of messages left out because their stream was cut.
+    """
 
     messages: list[dict]
     media: list[Medium]
     slots: list[tuple[int, int]]
+    ends: list[int]
+    dropped: int = 0
+
+    def first(self, count: int) -> Media:
+        """Returns what its first messages show."""
+        slots = self.slots[: self.ends[count - 1]]
+        shown = Counter(medium for medium, _ in slots)  # numbered as they come
+        media = [replace(m, sources=m.sources[: shown[k]]) for k, m in enumerate(self.media)]
+        return Media(self.messages[:count], media[: len(shown)], slots, self.ends[:count])
 
 
 def gather(
@@ -67,16 +88,25 @@ def gather(
     *,
     max_frames: int,
     max_stream_frames: int,
+    overlong: str = "error",
     **choice,
 ) -> Media:
-    """Returns the media of checked messages; `choice` goes to `video.open_video`."""
-    found, media, slots, stream = [], [], [], None
+    """Returns the media of checked messages.
+
+    Args:
+      messages: checked.
+      max_frames: of a video.
+      max_stream_frames: where `overlong` is "cut_at_turns", the messages of a stream file at or
+        after the time of the first frame too many are left out.
+      overlong: see `processor.ProcessorConfig`.
+      choice: for `video.open_video`.
+    """
+    messages, dropped = _played(messages, overlong, max_stream_frames, **choice)
+    found, media, slots, ends, stream = [], [], [], [], None
     for message in messages:
-        if isinstance(message["content"], str):
-            found.append(message)
-            continue
+        content = message["content"]
         parts = []
-        for part in message["content"]:
+        for part in () if isinstance(content, str) else content:
             if part["type"] == "video":
                 medium, timestamps = _video(part, max_frames=max_frames, **choice)
                 part = {"type": "video", "timestamps": timestamps}
@@ -93,16 +123,37 @@ def gather(
                 slots.append((len(media), 0))
                 media.append(_image(_source(part, "image"), is_video=False))
             parts.append(part)
-        found.append({**message, "content": parts})
-    if stream is not None and len(media[stream].sources) > max_stream_frames:
-        raise BadRecord(
-            "too_long",
-            f"the stream has {len(media[stream].sources)} frames, max_stream_frames is "
-            f"{max_stream_frames}: "
-            "shorten the stream or raise it",
-        )
+        found.append({**message, "content": content if isinstance(content, str) else parts})
+        ends.append(len(slots))
     _check_sum(media)
-    return Media(found, media, slots)
+    return Media(found, media, slots, ends, dropped)
+
+
+def _played(messages, overlong, max_frames, **choice):
+    """Returns messages with the frames of their stream, and how many of them a cut left out."""
+    if not is_stream(messages):
+        return messages, 0
+    (part,), said = messages[0]["content"], messages[1:]
+    source, start = _source(part, "video"), part.get("start_time")
+    every = dict(max_frames=1_000_000, start=start, end=part.get("end_time"))
+    clip = video.open_video(source, **every, **choice)
+    frames = [video.VideoFrame(clip, k) for k in range(len(clip.pts))]
+    most = max_frames if overlong == "cut_at_turns" else len(frames)
+    played, dropped = interleaved(said, clip.timestamps, frames, start or 0.0, most)
+    if dropped:
+        chat.check_answer(played)
+    return played, dropped
+
+
+def check_stream_frames(media: list[Medium], most: int) -> None:
+    """Raises BadRecord for a stream of more frames."""
+    for number in (len(m.sources) for m in media if m.name == STREAM):
+        if number > most:
+            raise BadRecord(
+                "too_long",
+                f"the stream has {number} frames, max_stream_frames is {most}: shorten the "
+                "stream, raise it, or set overlong='cut_at_turns'",
+            )
 
 
 def _check_sum(media: list[Medium]) -> None:
@@ -135,7 +186,7 @@ def _size(source) -> tuple[int, int]:
 
 
 def _image(source, is_video: bool) -> Medium:
-    return Medium("stream" if is_video else "image", is_video, *_size(source), [source])
+    return Medium(STREAM if is_video else "image", is_video, *_size(source), [source])
 
 
 def _add_frame(stream: Medium, source) -> None:

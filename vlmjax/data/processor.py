@@ -23,7 +23,7 @@ from vlmjax.data.arrange import control_of
 from vlmjax.data.derive import OWN, choose_template
 from vlmjax.data.grounding import GROUNDING
 from vlmjax.data.health import BadRecord
-from vlmjax.data.media import Medium, gather
+from vlmjax.data.media import Media, Medium, check_stream_frames, gather
 from vlmjax.data.picture import PictureConfig, Show, place
 from vlmjax.data.resize import RULES, Clip, blank, blank_rows, patch_rows
 from vlmjax.data.sample import PRUNE, Item, Sample
@@ -54,8 +54,8 @@ class ProcessorConfig:
       resize: "videollama3" or "transformers".
       max_stream_frames: most frames of a stream.
       max_length: most tokens of a sample.
-      overlong: what becomes of a conversation that has more: "error", it cannot be used; or
-        "cut_at_turns", its last rounds are left out, as many as it takes, and counted.
+      overlong: what becomes of a conversation or stream that has more: "error", it cannot be used;
+        or "cut_at_turns", its last rounds are left out, as many as it takes, and counted.
       template: of conversations, a key of `templates.TEMPLATES`, or "tokenizer" for what the
         chat template of the tokenizer renders.
       grounding: how boxes and spans of time are written, a key of `grounding.GROUNDING`.
@@ -160,20 +160,35 @@ class Processor:
                 raise BadRecord(
                     "malformed", f"the record has keys {sorted(record)}, {key!r} is missing: add it"
                 )
-        name, messages = str(record["id"]), record["messages"]
+        name, found = str(record["id"]), self.gather(record["messages"])
         repairs = dict(record.get("repairs", {}))
-        if dropped := record.get("dropped_messages", 0):
-            repairs["dropped_messages"] = dropped
+        if found.dropped:
+            repairs["dropped_messages"] = found.dropped
         if self.config.overlong == "cut_at_turns":
-            chat.check_messages(messages)
-            messages, cut = chat.cut_at_turns(messages, lambda some: self._fits(some, name))
+            kept, cut = chat.cut_at_turns(found.messages, lambda m: self._fits(found, m, name))
             repairs |= {"cut_messages": cut} if cut else {}
-        return replace(self._sample(messages, name, pixels=pixels), repairs=repairs)
+            found = found.first(len(kept))
+        sample = self._sample(found, name, decode=pixels == "decoded")
+        return replace(sample, repairs=repairs)
 
-    def _fits(self, messages, name):
-        """Whether a conversation is within the limits, its videos unpruned."""
+    def gather(self, messages) -> Media:
+        """Returns what messages show; headers are read, nothing is decoded."""
+        config = self.config
+        chat.check_messages(messages)
+        return gather(
+            messages,
+            max_frames=config.max_frames,
+            max_stream_frames=config.max_stream_frames,
+            overlong=config.overlong,
+            fps=config.fps,
+            sampling=config.frame_sampling,
+            limits=Limits(deadline=config.video_deadline),
+        )
+
+    def _fits(self, found, messages, name):
+        """Whether the first messages are within the limits, videos unpruned."""
         try:
-            self._sample(messages, name, pixels="blank")
+            self._sample(found.first(len(messages)), name, decode=False)
         except BadRecord as error:
             if error.reason != "too_long":
                 raise
@@ -187,25 +202,17 @@ class Processor:
                 "the prompt ends with an assistant message: remove the answer that is to be "
                 "generated"
             )
-        return self._sample(messages, "prompt", generation=True)
+        return self._sample(self.gather(messages), "prompt", generation=True)
 
-    def _sample(self, messages, name, generation=False, pixels="decoded") -> Sample:
-        config, decode = self.config, pixels == "decoded"
-        chat.check_messages(messages)
-        messages, media, slots = gather(
-            messages,
-            max_frames=config.max_frames,
-            max_stream_frames=config.max_stream_frames,
-            fps=config.fps,
-            sampling=config.frame_sampling,
-            limits=Limits(deadline=config.video_deadline),
-        )
+    def _sample(self, found: Media, name, generation=False, decode=True) -> Sample:
+        messages, media = found.messages, found.media
+        check_stream_frames(media, self.config.max_stream_frames)
         if self.show is not None:
             return self._shown(messages, media, name, generation, decode)
         sizes = self.sizes(media)
         make = self._items if decode else self._blank_items
         frames = [make(medium, size) for medium, size in zip(media, sizes, strict=True)]
-        items = tuple(frames[medium][frame] for medium, frame in slots)
+        items = tuple(frames[medium][frame] for medium, frame in found.slots)
         pictures = [int(np.count_nonzero(item.keep)) for item in items]
         encoded = self.encode(messages, pictures, seed=name, generation=generation)
         self._check_length(name, encoded)
@@ -230,6 +237,13 @@ class Processor:
 
     def encode(self, messages, pictures, seed, generation=False) -> chat.Encoded:
         """Returns checked messages as tokens, see `chat.encode`."""
+        characters, most = chat.text_length(messages), self.config.max_length
+        if characters > most * self.tokenizer.longest:  # to tokenise it would take long
+            raise BadRecord(
+                "too_long",
+                f"record {seed!r} says {characters} characters, with tokens of at most "
+                f"{self.tokenizer.longest} these are more than max_length = {most}: shorten it",
+            )
         return chat.encode(
             messages,
             pictures,

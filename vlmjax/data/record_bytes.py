@@ -1,11 +1,10 @@
 """A record as bytes, without pickle: u32 length of a JSON header, the header, its media files.
 
     {"record": {"id": ..., "messages": [... {"type": "image", "image": {"blob": 0}} ...]},
-     "videos": [{"blob": 1, "height": ..., "width": ..., "pts": ..., ...}],
      "blobs": [48113, 902114]}
 
 Media are files as they were, in the order of `blobs`, which has their sizes; the same file is kept
-once. Frames of a stream are {"video": number, "frame": number}.
+once.
 """
 
 import json
@@ -14,22 +13,20 @@ from pathlib import Path
 from vlmjax.data.health import BadRecord
 from vlmjax.data.image import check_path, open_file
 from vlmjax.data.rows import check_size
-from vlmjax.data.video import Video, VideoFrame
-from vlmjax.data.video_file import DEFAULT_LIMITS, Clock
 
 MEDIA = ("image", "video")
 _LENGTH = 4
 
 
 def encode(record):
-    """Returns the bytes of a record whose media are paths, bytes of files or frames of videos.
+    """Returns the bytes of a record whose media are paths or bytes of files.
 
     Raises:
       BadRecord: what it holds has no place in UTF-8 or JSON, or a medium is not there.
     """
-    blobs, places, videos = [], {}, []
+    blobs, places = [], {}
 
-    def blob(source):
+    def medium(source):
         key = source if isinstance(source, (bytes, Path)) else None
         if key is None:
             raise BadRecord(
@@ -42,26 +39,8 @@ def encode(record):
             blobs.append(_content(source))
         return {"blob": places[key]}
 
-    def medium(source):
-        if not isinstance(source, VideoFrame):
-            return blob(source)
-        if source.video not in videos:
-            videos.append(source.video)
-        return {"video": videos.index(source.video), "frame": source.index}
-
     messages = [_changed(message, medium) for message in record["messages"]]
     header = {"record": {**record, "messages": messages}}
-    header["videos"] = [
-        {
-            **blob(v.source),
-            "height": v.height,
-            "width": v.width,
-            "pts": v.pts,
-            "timestamps": v.timestamps,
-            "runs": None if v.runs is None else sorted(v.runs),
-        }
-        for v in videos
-    ]
     header["blobs"] = [len(data) for data in blobs]
     try:
         text = json.dumps(header, ensure_ascii=False, allow_nan=False).encode()
@@ -84,18 +63,8 @@ def decode(data):
             start += length
         if start != len(data):
             raise ValueError(f"{len(data) - start} bytes too many")
-        videos = [_video(blobs, **values) for values in header["videos"]]
-
-        def medium(value):
-            if "blob" in value:
-                return blobs[value["blob"]]
-            video, frame = videos[value["video"]], value["frame"]
-            if frame not in range(len(video.pts)):
-                raise ValueError(f"frame {frame} of a video of {len(video.pts)}")
-            return VideoFrame(video, frame)
-
         record = header["record"]
-        messages = [_changed(message, medium) for message in record["messages"]]
+        messages = [_changed(m, lambda part: blobs[part["blob"]]) for m in record["messages"]]
         return {**record, "messages": messages}
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise BadRecord("malformed", f"bytes are no record of ours ({error})") from error
@@ -120,9 +89,3 @@ def _content(source):
     check_size(path.stat().st_size, f"{str(path)!r}")
     with open_file(path, "media path") as file:
         return file.read()
-
-
-def _video(blobs, blob, pts, timestamps, runs, **size):
-    runs = None if runs is None else frozenset(runs)
-    frames = dict(pts=tuple(pts), timestamps=tuple(timestamps), runs=runs)
-    return Video(blobs[blob], **frames, **size, clock=Clock(blobs[blob], DEFAULT_LIMITS))

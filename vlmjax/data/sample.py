@@ -12,7 +12,7 @@ from vlmjax.batch import Units
 PRUNE = ("after_encoder", "before_encoder")
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=64)
 def window_coords(h, w, merge):
     """Returns f32[h*w, 2], the (row, column) of each patch in merge-window-major order.
 

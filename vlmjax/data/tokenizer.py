@@ -28,7 +28,12 @@ SPECIAL_TOKENS = (
 
 
 class Tokenizer:
-    """Wraps a fast tokenizer, given as the object or as the directory that holds it."""
+    """Wraps a fast tokenizer, given as the object or as the directory that holds it.
+
+    Attributes:
+      hf: the tokenizer of transformers.
+      longest: most characters that one token may stand for.
+    """
 
     def __init__(self, source):
         if isinstance(source, (str, Path)):
@@ -46,6 +51,8 @@ class Tokenizer:
         self._reserved = {i for i, token in source.added_tokens_decoder.items() if token.special}
         self._texts, self._plain = _inner(self._backend), None
         self._cache: dict[str, tuple[int, ...]] = {}
+        # In a vocabulary of bytes a character stands for one.
+        self.longest = max(map(len, self._backend.get_vocab(with_added_tokens=True)))
 
     def __reduce__(self):
         return Tokenizer, (self.hf,)

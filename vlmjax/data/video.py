@@ -23,6 +23,8 @@ from vlmjax.data.image import check_bytes, check_path
 from vlmjax.data.sampling import SAMPLERS
 from vlmjax.data.video_file import DEFAULT_LIMITS, Clock, Limits, name, opened
 
+TIMED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")  # whose headers say how long they last
+
 
 @dataclass(frozen=True)
 class Video:
@@ -110,7 +112,9 @@ def open_video(
             else None
         )
     times = [pts * base for pts in timeline.pts]
-    _check_cost(clock, len(times), float(timeline.end * base - times[0]))
+    seconds = timeline.end * base - times[0]
+    if seconds > limits.duration or len(times) > limits.rate * max(seconds, 1):
+        raise _too_much(clock, len(times), seconds)
     try:
         chosen, stamps = SAMPLERS[sampling](
             times,
@@ -141,6 +145,12 @@ def read_frames(video: Video) -> Iterator[np.ndarray]:
             repeats = left.pop(frame.pts, 0)
             if not repeats:
                 continue
+            if frame.is_corrupt:
+                raise BadRecord(
+                    "damaged_media",
+                    f"{name(video.source)} has a damaged frame at {float(frame.time or 0):.1f} s, "
+                    "whole ones are needed: fetch it again or drop the record",
+                )
             pixels = _upright(frame)
             if pixels.shape != (video.height, video.width, 3):
                 raise BadRecord(
@@ -173,58 +183,84 @@ def _timeline(container, stream, clock: Clock) -> _Timeline:
 
     Of the pictures only the first is decoded.
     """
-    runs, starts, size, base = {}, [], None, float(stream.time_base)
+    runs, starts, size, ends = {}, [], None, {}
     last, longest = None, 0  # pts of the last frame, and how long it is shown
-    for packet in container.demux(stream):
+    most = clock.limits.duration / stream.time_base
+    for packet in container.demux():
         clock.check()
         if packet.size == 0:
             continue
-        if packet.pts is None:
+        number, pts, length = packet.stream_index, packet.pts, packet.duration or 0
+        time = packet.dts if pts is None else pts
+        ends[number] = max(ends.get(number, 0), (time or 0) + length)
+        if number != stream.index:
+            continue
+        if pts is None:
             return _decoded_timeline(stream, clock)
         if packet.is_keyframe:
-            starts.append(packet.pts)
+            starts.append(pts)
         if starts and size is None:
             size = next(map(_size, packet.decode()), None)
-        if starts and not packet.is_discard and packet.pts >= starts[0]:
-            runs[packet.pts] = len(starts) - 1
-            if last is None or packet.pts >= last:
-                last, longest = packet.pts, packet.duration or 0
-            _check_cost(clock, len(runs), (last - starts[0]) * base, whole=False)
+        if starts and not packet.is_discard and pts >= starts[0]:
+            runs[pts] = len(starts) - 1
+            if last is None or pts >= last:
+                last, longest = pts, length
+            if len(runs) > clock.limits.frames or last - starts[0] > most:
+                raise _too_much(clock, len(runs), (last - starts[0]) * stream.time_base)
     if size is None and starts:
         size = next(map(_size, stream.codec_context.decode(None)), None)
     if not runs or size is None:
         raise _empty(clock.source)
+    _check_whole(container, ends, stream, runs, clock)
     pts = sorted(runs)
     return _Timeline(pts, runs, starts, last + (longest or _step(pts, stream)), size)
 
 
+def _check_whole(container, ends: dict[int, int], stream, runs, clock: Clock) -> None:
+    """Raises BadRecord if the file says that it goes on after its last packet, of sound or picture.
+
+    By more than a second, a twentieth, or two of the longest frames: headers are not exact. Some
+    formats count from the first frame, that is later.
+    """
+    if container.format.name not in TIMED or container.duration is None:
+        return
+    end = float(max(end * container.streams[number].time_base for number, end in ends.items()))
+    gap = np.diff(sorted(runs)).max(initial=0) * float(stream.time_base)
+    until = container.duration / av.time_base
+    if until - end > max(1, until / 20, 2 * gap):
+        raise BadRecord(
+            "damaged_media",
+            f"{name(clock.source)} says that it lasts until {until:.1f} s and ends at {end:.1f} s, "
+            "all of it is needed: it is cut off; fetch it again",
+        )
+
+
 def _decoded_timeline(stream, clock: Clock) -> _Timeline:
-    shown, size, base = {}, None, float(stream.time_base)
+    shown, size = {}, None
+    most = clock.limits.duration / stream.time_base
     with opened(clock) as (container, fresh):
         for frame in _decode(container, fresh, clock):
             size = size or _size(frame)
-            if frame.pts is not None:
-                shown[frame.pts] = frame.duration or 0
-                span = (frame.pts - next(iter(shown))) * base
-                _check_cost(clock, len(shown), span, whole=False)
+            if frame.pts is None:
+                continue
+            shown[frame.pts] = frame.duration or 0
+            length = frame.pts - next(iter(shown))
+            if len(shown) > clock.limits.frames or length > most:
+                raise _too_much(clock, len(shown), length * stream.time_base)
     if not shown:
         raise _empty(clock.source)
     pts = sorted(shown)
     return _Timeline(pts, None, [], pts[-1] + (shown[pts[-1]] or _step(pts, stream)), size)
 
 
-def _check_cost(clock: Clock, frames: int, seconds: float, whole: bool = True) -> None:
-    """Raises BadRecord for too many frames or too long a video, or where `whole` for too many a
-    second."""
+def _too_much(clock: Clock, frames: int, seconds: Fraction) -> BadRecord:
     limits = clock.limits
-    dense = whole and frames > limits.rate * max(seconds, 1)
-    if seconds > limits.duration or frames > limits.frames or dense:
-        raise BadRecord(
-            "hostile_media",
-            f"{name(clock.source)} has {frames} frames in {seconds:.1f} s, at most "
-            f"{limits.duration:.0f} s, {limits.frames} frames and {limits.rate:.0f} frames/s are "
-            "read: cut it or re-encode it",
-        )
+    return BadRecord(
+        "hostile_media",
+        f"{name(clock.source)} has {frames} frames in {float(seconds):.1f} s, at most "
+        f"{limits.duration:.0f} s, {limits.frames} frames and {limits.rate:.0f} frames/s are "
+        "read: cut it or re-encode it",
+    )
 
 
 def _step(pts: list[int], stream) -> int:
