@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from vlmjax.data.derive import OWN, choose_template
+from vlmjax.data.derive import OWN, choose_template, derive_template
 from vlmjax.data.processor import ProcessorConfig
 from vlmjax.data.templates import TEMPLATES
 from vlmjax.data.tokenizer import Tokenizer
@@ -177,8 +177,9 @@ def load_processor(directory, template: str | None = None) -> tuple[Tokenizer, P
     Args:
       directory: with the processor files beside the weights.
       template: of conversations, a key of `data.templates.TEMPLATES`. When absent: that of our
-        export, the one whose text the chat template of the checkpoint renders, or the usual one of
-        its model_type (`DEFAULT_TEMPLATES`).
+        export, the one whose text the chat template of the checkpoint renders, else that chat
+        template itself ("tokenizer"); where there is none, the usual one of its model_type
+        (`DEFAULT_TEMPLATES`).
     """
     directory = Path(directory)
     if remote.is_remote(directory):
@@ -229,12 +230,12 @@ def _pictures(directory: Path, tokenizer, raw, sections, template) -> ProcessorC
         image_token=images,
         video_token=videos,
         max_frames=MAX_FRAMES,
-        template=template or _template(directory, tokenizer, raw, images),
+        template=template or _template(directory, tokenizer, raw, images, videos),
         picture=system.picture(raw, directory / CONFIG, sections, cfg.vision),
     )
 
 
-def _template(directory: Path, tokenizer: Tokenizer, raw: dict, image: str) -> str:
+def _template(directory: Path, tokenizer: Tokenizer, raw: dict, image: str, video: str) -> str:
     """The template of conversations that a checkpoint shows."""
     kind, named = raw["model_type"], raw.get("template")
     if kind == internvl.ORIGINAL:  # its own code reads no chat template
@@ -252,7 +253,7 @@ def _template(directory: Path, tokenizer: Tokenizer, raw: dict, image: str) -> s
         if jinja:
             tokenizer.hf.chat_template = jinja
         try:
-            choose_template(ProcessorConfig(image_token=image, template=OWN), tokenizer)
+            derive_template(tokenizer, image, video)
         except ValueError as error:
             raise ValueError(
                 f"{directory} has a chat template that is none of ours, and {error}; give "
