@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from vlmjax import build
 from vlmjax.data.derive import OWN, choose_template, derive_template
 from vlmjax.data.processor import ProcessorConfig
 from vlmjax.data.templates import TEMPLATES
@@ -187,7 +188,7 @@ def load_processor(directory, template: str | None = None) -> tuple[Tokenizer, P
     processor, raw = read_json(directory / PROCESSOR), read_json(directory / CONFIG)
     tokenizer = Tokenizer(originals.tokenizer_directory(directory, raw))
     if OURS in processor:
-        config = ProcessorConfig(**_frozen(processor[OURS]))
+        config = _ours(directory, processor)
         return tokenizer, dataclasses.replace(config, template=template or config.template)
     if originals.find(raw):
         made = directory / CONFIG, read_config(directory), tokenizer, template
@@ -212,13 +213,6 @@ def load_processor(directory, template: str | None = None) -> tuple[Tokenizer, P
     if "max_tokens" in image:
         return tokenizer, _original(directory, tokenizer, image, processor)
     return tokenizer, _transformers(image, video)
-
-
-def _frozen(value):
-    """Lists as tuples, as settings are written in Python."""
-    if isinstance(value, dict):
-        return {k: _frozen(v) for k, v in value.items()}
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def _pictures(directory: Path, tokenizer, raw, sections, template) -> ProcessorConfig:
@@ -268,7 +262,18 @@ def load_remote(directory: Path) -> tuple[Tokenizer, ProcessorConfig]:
 
     how = dict(config=PreTrainedConfig(), trust_remote_code=False, local_files_only=True)
     tokenizer = Tokenizer(AutoTokenizer.from_pretrained(str(directory), **how))
-    return tokenizer, ProcessorConfig(**remote.frozen(read_json(directory / PROCESSOR)[OURS]))
+    return tokenizer, _ours(directory, read_json(directory / PROCESSOR))
+
+
+def _ours(directory: Path, processor: dict) -> ProcessorConfig:
+    """The settings in our own section of the processor's file."""
+    settings = processor.get(OURS)
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"{directory / PROCESSOR} has no section {OURS!r}, which holds the settings of the "
+            "processor; copy the file of the export again"
+        )
+    return build.section(ProcessorConfig, settings, f"{directory / PROCESSOR} {OURS}")
 
 
 def _placeholders(system, tokenizer: Tokenizer, raw: dict) -> tuple[str, str]:
