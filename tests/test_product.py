@@ -145,6 +145,33 @@ def test_how_many_fit():
     assert len(fit) == FIT and len(fit) + len(refused) == len(CELLS) == 864
 
 
+PAIR = (ENCODERS["siglip_so400m_14_384"], ENCODERS["siglip_navit"])
+TWICE = dict(strategy=2 * STRATEGIES["square"][0]["strategy"])
+UNLIKE = dict(strategy=tuple(dict(name="square", side=side) for side in (SIDE, 30)))
+
+
+@pytest.mark.parametrize(
+    ("connector", "model", "picture", "why"),
+    [
+        *((name, {}, TWICE, "it takes 1") for name in ("resampler", "perceiver", "qformer")),
+        ("conv_glu", {}, TWICE, "it takes 1"),
+        ("c_abstractor", {}, TWICE, "it takes 1, which of the C-Abstractor are its `copies`"),
+        ("resampler", dict(vision=PAIR[0], sources=(0, 0)), STRATEGIES["s2"][0], "it takes 1"),
+        ("mlp", {}, UNLIKE, r"form \{0: \(\(4, 4\),\), 1: \(\(5, 5\),\)\}"),
+        ("mlp", {}, TWICE, None),
+    ],
+)
+def test_several_sources(connector, model, picture, why):
+    """Connectors of one source take one, and maps that are joined have one size."""
+    values = dict(vision=PAIR, connector=CONNECTORS[connector], llm=LLM) | model
+    model = build.model_config(values)
+    if why is None:
+        compatible.check(model, picture)
+        return
+    with pytest.raises(ValueError, match="disagree: .*" + why):
+        compatible.check(model, picture)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_what_fits_gives_logits(encoder):

@@ -75,6 +75,8 @@ class Run:
 
 def frozen(value):
     """Returns a value with tuples for all lists in it."""
+    if isinstance(value, dict):
+        return {key: frozen(inner) for key, inner in value.items()}
     return tuple(map(frozen, value)) if isinstance(value, (list, tuple)) else value
 
 

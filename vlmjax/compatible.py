@@ -8,10 +8,17 @@ make for some pictures, never pixels, and run when a config is resolved.
 """
 
 from vlmjax.connectors.c_abstractor import CAbstractorConfig
+from vlmjax.connectors.conv_glu import ConvGLUConfig
+from vlmjax.connectors.perceiver import PerceiverConfig
+from vlmjax.connectors.qformer import QFormerConfig
+from vlmjax.connectors.resampler import ResamplerConfig
 from vlmjax.connectors.sva import SVAConfig
 from vlmjax.data.picture import PictureConfig, Show
+from vlmjax.data.resize import blank
 from vlmjax.vision.convnext import ConvNeXtConfig
 
+# Connectors that read the features of one source.
+SINGLE = (ConvGLUConfig, PerceiverConfig, QFormerConfig, ResamplerConfig)
 # Pictures that are tried, as (width, height) in sides of a view.
 PICTURES = ((1, 1), (2, 2), (0.3, 0.4), (3, 2), (1, 2.5), (6, 1))
 
@@ -25,6 +32,7 @@ def check(model, picture):
     """
     if model.vision is None:
         return
+    counted(model)
     if picture is None:
         native_size(model)
         return
@@ -53,7 +61,39 @@ def check(model, picture):
                     "layout 'frames' and images disagree: it is for the frames of videos; set it "
                     "in frame_format, and another layout in format"
                 )
+        side_by_side(show, video, images)
     rows_of(model, show)
+
+
+def counted(model):
+    """A connector takes so many sources."""
+    connector, sources = model.connector, model.form.encoders
+    number = 1 if isinstance(connector, SINGLE) else None
+    if isinstance(connector, CAbstractorConfig):
+        number = len(connector.copies)
+    if number not in (None, len(sources)):
+        raise ValueError(
+            f"model.sources={sources} and the connector {type(connector).__name__} disagree: it "
+            f"takes {number}, which of the C-Abstractor are its `copies`; take one encoder with "
+            "sources=(), or connector type 'mlp' or 'sva', which take several"
+        )
+
+
+def side_by_side(show, video, images):
+    """Features of several sources that are joined place by place need maps of one size."""
+    joined = [sources for sources, _ in show.form.groups if len(sources) > 1]
+    if show.form.unit.kind != "window" or not joined:
+        return
+    width, height = pictures(show, video, images)[0]
+    seen = show([blank(height, width)], video=video, images=images)
+    for sources in joined:
+        grids = {k: seen.units[k].grids for k in sources}
+        if len(set(grids.values())) > 1:
+            raise ValueError(
+                f"the maps of sources {sources} and the connector disagree: it joins their "
+                f"features place by place, their tokens form {grids}; bring them to one size with "
+                "resample and reduce='weighted', or take views that give it"
+            )
 
 
 def pictures(show, video, images):

@@ -91,6 +91,18 @@ def test_a_token_that_cannot_be_text_is_refused(tokenizer):
         special.encode_text("axb")
 
 
+def test_a_tokenizer_needs_no_config_class(tokenizer, tmp_path, monkeypatch):
+    """It lies beside a model whose class may not load, as where torchvision does not fit torch."""
+
+    def broken(*_, **__):
+        raise ModuleNotFoundError("torchvision")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", broken)
+    tokenizer.save(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llava_next"}')
+    assert Tokenizer(tmp_path).hf.get_vocab() == tokenizer.hf.get_vocab()
+
+
 def test_half_a_surrogate_pair_is_a_bad_record(tokenizer):
     with pytest.raises(BadRecord, match="is no Unicode"):
         tokenizer.encode_text("x\ud800")

@@ -53,6 +53,21 @@ def test_one_conversation_or_many(vlm):
     assert len(drawn) > 1
 
 
+def test_media_are_named_as_transformers_names_them(vlm, files):
+    """A "path" is a picture; what is no conversation is refused in words."""
+    picture, _ = files
+    asked = {"role": "user", "content": [{"type": "image", "path": picture}, QUESTION]}
+    assert vlm.generate([asked], 5) == vlm.generate(CONVERSATIONS[1], 5)
+    said = [asked, {"role": "assistant", "content": "yes"}]
+    ours = [CONVERSATIONS[1][0], said[1]]
+    np.testing.assert_array_equal(vlm.logits(said), vlm.logits(ours))
+    for wrong in ("hi", asked):
+        with pytest.raises(ValueError, match="messages are a (str|dict): give a conversation, a"):
+            vlm.generate(wrong)
+    with pytest.raises(ValueError, match="message 0 is a str: give role and content"):
+        vlm.generate([["hi"]])
+
+
 def test_logits_cover_the_conversation(vlm):
     messages = [*CONVERSATIONS[1], {"role": "assistant", "content": "yes"}]
     n = len(vlm.processor({"id": "", "messages": messages}).tokens)

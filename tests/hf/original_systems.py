@@ -229,7 +229,7 @@ SYSTEMS = {
             format=dict(layout="square", unpad="original", newline="row"),
             resample=((), (), ("bilinear", (4, 4)), ()),
         ),
-        "llama3",
+        "cambrian_llama3",
         "<image>",
     ),
     "cogvlm2": System(

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from vlmjax import hf
 from vlmjax.data.chat import render
+from vlmjax.data.derive import choose_template
 from vlmjax.data.templates import TEMPLATES
 from vlmjax.data.tokenizer import byte_tokenizer
 from vlmjax.hf.chat_template import find_template, make_chat_template
@@ -187,3 +188,28 @@ def test_the_template_can_be_given(read):
     _, folder = read("llava pad")
     assert hf.load_processor(folder)[1].template == "vicuna"
     assert hf.load_processor(folder, "chatml")[1].template == "chatml"
+
+
+TURN = "<start_of_turn>{{ m['role'] }}\n"
+OTHER = (
+    "{% for m in messages %}" + TURN + "{% for p in m['content'] %}"
+    "{% if p['type'] == 'image' %}<image>{% else %}{{ p['text'] }}{% endif %}{% endfor %}"
+    "<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>assistant\n{% endif %}"
+)
+
+
+def test_an_unknown_chat_template_is_read_or_refused(read, tmp_path):
+    _, folder = read("llava pad")
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "chat_template.jinja").write_text(OTHER)
+    tokenizer, config = hf.load_processor(tmp_path)
+    assert config.template == "tokenizer"
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi"}]}]
+    template = choose_template(config, tokenizer)
+    said = render(messages, config.image_token, config.video_token, True, template)
+    assert said == "<start_of_turn>user\n<image>Hi<end_of_turn>\n<start_of_turn>assistant\n"
+    (tmp_path / "chat_template.jinja").write_text("{{ messages | length }}")
+    with pytest.raises(ValueError, match="a chat template that is none of ours, .*give template"):
+        hf.load_processor(tmp_path)

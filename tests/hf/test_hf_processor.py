@@ -205,6 +205,20 @@ def test_processor_files_of_transformers(tmp_path):
     assert config == ProcessorConfig(resize="transformers", frame_sampling="transformers")
 
 
+def test_files_that_are_broken_are_named(export, tmp_path):
+    for file in export.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    processor = json.loads((tmp_path / "processor_config.json").read_text())
+    processor["vlmjax"]["pach"] = 14
+    (tmp_path / "processor_config.json").write_text(json.dumps(processor))
+    with pytest.raises(ValueError, match=r"processor_config.json vlmjax.*unknown keys \['pach'\]"):
+        hf.load_processor(tmp_path)
+    for text, words in (("{", "config.json is no JSON"), ("[]", "config.json holds a list")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=words):
+            hf.read_config(tmp_path)
+
+
 def test_export_needs_the_special_tokens_and_a_row_for_each_token(export, tmp_path):
     cfg, params = hf.read_config(export), hf.load_params(export)
     with pytest.raises(ValueError, match="no token '<|video_pad|>'"):

@@ -69,6 +69,24 @@ class Piece(NamedTuple):
     prompt: str = ""
 
 
+def named_media(messages):
+    """Returns messages with media under the name of their type, where transformers writes "path".
+
+    What is malformed stays so. For messages of a user: records name files by `media_root` alone.
+    """
+
+    def part(p):
+        kind = p.get("type") if isinstance(p, dict) else None
+        return {**p, kind: p["path"]} if kind in ("image", "video") and "path" in p else p
+
+    def message(m):
+        content = m.get("content") if isinstance(m, dict) else None
+        several = isinstance(content, (list, tuple))
+        return {**m, "content": [part(p) for p in content]} if several else m
+
+    return [message(m) for m in messages] if isinstance(messages, (list, tuple)) else messages
+
+
 def check_messages(messages: Sequence[dict]) -> None:
     """Raises BadRecord unless every message has a known role and well-formed content."""
     if not isinstance(messages, (list, tuple)) or not messages:

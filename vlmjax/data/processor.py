@@ -197,7 +197,9 @@ class Processor:
 
     def prompt(self, messages: Sequence[dict]) -> Sample:
         """Returns the sample of messages that an answer is to follow; nothing is trained."""
-        if messages and messages[-1].get("role") == "assistant":
+        messages = chat.named_media(messages)
+        chat.check_messages(messages)
+        if messages[-1]["role"] == "assistant":
             raise ValueError(
                 "the prompt ends with an assistant message: remove the answer that is to be "
                 "generated"

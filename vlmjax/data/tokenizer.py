@@ -139,12 +139,17 @@ class Tokenizer:
         """Returns the text of the ids."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
-    def render_chat(self, messages: Sequence[dict], generation: bool = False) -> str:
-        """Returns what the tokenizer's own chat template says; ValueError where it refuses."""
+    def render_chat(
+        self, messages: Sequence[dict], generation: bool = False, jinja: str | None = None
+    ) -> str:
+        """Returns what a chat template says, the tokenizer's own where `jinja` gives none.
+
+        Raises:
+          ValueError: the template refuses the messages.
+        """
+        how = dict(tokenize=False, add_generation_prompt=generation, chat_template=jinja)
         try:
-            return self.hf.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=generation
-            )
+            return self.hf.apply_chat_template(list(messages), **how)
         except Exception as e:  # a template is a program: it may raise anything
             raise ValueError(
                 f"the tokenizer's chat template refuses the roles {[m['role'] for m in messages]}: "
@@ -168,19 +173,31 @@ def _inner(backend):
 
 
 def _load(directory: Path):
-    from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import (
+        CONFIG_MAPPING,
+        AutoTokenizer,
+        PreTrainedConfig,
+        PreTrainedTokenizerFast,
+    )
 
     if not (directory / "tokenizer.json").is_file() and not (directory / "vocab.json").is_file():
         raise ValueError(
             f"{str(directory)!r} holds no tokenizer.json or vocab.json: give a tokenizer directory"
         )
-    config, reader = directory / "config.json", AutoTokenizer
-    if config.is_file() and (directory / "tokenizer.json").is_file():
-        # AutoTokenizer reads the config.json beside it, too, and fails for models that
-        # transformers has no class for.
-        known = json.loads(config.read_text()).get("model_type") in CONFIG_MAPPING
-        reader = AutoTokenizer if known else PreTrainedTokenizerFast
-    return reader.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+    how = dict(trust_remote_code=False, local_files_only=True)
+    model, reader = directory / "config.json", AutoTokenizer
+    if model.is_file() and (directory / "tokenizer.json").is_file():
+        # AutoTokenizer reads the config.json beside it, too: it fails for models that transformers
+        # has no class for, and where their class does not load. It needs their kind only.
+        kind, named = json.loads(model.read_text()).get("model_type"), {}
+        if (settings := directory / "tokenizer_config.json").is_file():
+            named = json.loads(settings.read_text())
+        if kind not in CONFIG_MAPPING:
+            reader = PreTrainedTokenizerFast
+        elif named.get("tokenizer_class"):
+            how["config"] = PreTrainedConfig()
+            how["config"].model_type = kind
+    return reader.from_pretrained(str(directory), **how)
 
 
 def byte_tokenizer(special: Sequence[str] = SPECIAL_TOKENS) -> Tokenizer:

@@ -12,6 +12,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from vlmjax import build, checkpoint, hf
+from vlmjax.data.chat import named_media
 from vlmjax.data.processor import Processor
 from vlmjax.generate.decode import Generator
 from vlmjax.generate.sampling import SamplingConfig
@@ -93,7 +94,8 @@ class Chat:
 
     def logits(self, messages):
         """Returns f32[T, V]: the scores of what follows each token of a conversation."""
-        return self.generator.logits(self.processor({"id": "conversation", "messages": messages}))
+        record = {"id": "conversation", "messages": named_media(messages)}
+        return self.generator.logits(self.processor(record))
 
     def generate(self, messages, max_new_tokens=64, seed=0, **sampling):
         """Returns the text of the assistant's next message.
@@ -105,6 +107,11 @@ class Chat:
           seed: of what is drawn.
           sampling: fields of `SamplingConfig`; greedy when absent.
         """
+        if not isinstance(messages, (list, tuple)):
+            raise ValueError(
+                f"messages are a {type(messages).__name__}: give a conversation, a list such as "
+                "[{'role': 'user', 'content': 'hi'}], or a list of conversations"
+            )
         many = bool(messages) and not isinstance(messages[0], dict)
         samples = [self.processor.prompt(m) for m in (messages if many else [messages])]
         texts = [

@@ -135,9 +135,11 @@ def find_template(tokenizer: Tokenizer, image: str, jinja: str | None = None) ->
     jinja = jinja or tokenizer.hf.chat_template
     if not isinstance(jinja, str):
         return None
-    how = dict(tokenize=False, chat_template=jinja)
-    theirs = tokenizer.hf.apply_chat_template(PROBE, add_generation_prompt=True, **how)
-    answered = tokenizer.hf.apply_chat_template([*PROBE, ANSWER], **how)
+    try:
+        theirs = tokenizer.render_chat(PROBE, generation=True, jinja=jinja)
+        answered = tokenizer.render_chat([*PROBE, ANSWER], jinja=jinja)
+    except ValueError:
+        return None  # one of words alone, which refuses pictures
     fits = []
     for name, template in TEMPLATES.items():
         if template.video != "whole":

@@ -4,13 +4,12 @@ Settings that would change the function and that the model does not have are ref
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 from vlmjax.connectors.mlp import MLPConfig
 from vlmjax.hf import internvl, llava, llava_original, originals, remote
 from vlmjax.hf.llm_config import TEXT_DEFAULTS, make_llm, need, read_llm
-from vlmjax.hf.pixels import read_sections
+from vlmjax.hf.pixels import read_json, read_sections
 from vlmjax.hf.tower_config import dinov2
 from vlmjax.hf.vision_config import ACTIVATIONS, SILENT, VISION_DEFAULTS, read_vision
 from vlmjax.llm.decoder import DecoderConfig
@@ -62,7 +61,7 @@ def read_raw(directory) -> dict:
             f"{directory} has no {CONFIG}; a checkpoint is a directory with one; point to such a "
             "directory"
         )
-    return json.loads(file.read_text())
+    return read_json(file)
 
 
 def system_of(raw: dict):

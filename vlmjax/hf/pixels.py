@@ -15,8 +15,18 @@ BICUBIC = 3
 
 
 def read_json(file: Path) -> dict:
-    """The content of a file, {} if there is none."""
-    return json.loads(file.read_text()) if file.is_file() else {}
+    """The content of a file, an object; {} if there is none."""
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is no JSON ({error}); copy the file again") from error
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{file} holds a {type(found).__name__}, it must hold an object; copy the file again"
+        )
+    return found
 
 
 def read_sections(directory: Path) -> tuple[dict, dict]:

@@ -5,7 +5,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from vlmjax.data.derive import OWN, choose_template
+from vlmjax import build
+from vlmjax.data.derive import OWN, choose_template, derive_template
 from vlmjax.data.processor import ProcessorConfig
 from vlmjax.data.templates import TEMPLATES
 from vlmjax.data.tokenizer import Tokenizer
@@ -177,8 +178,9 @@ def load_processor(directory, template: str | None = None) -> tuple[Tokenizer, P
     Args:
       directory: with the processor files beside the weights.
       template: of conversations, a key of `data.templates.TEMPLATES`. When absent: that of our
-        export, the one whose text the chat template of the checkpoint renders, or the usual one of
-        its model_type (`DEFAULT_TEMPLATES`).
+        export, the one whose text the chat template of the checkpoint renders, else that chat
+        template itself ("tokenizer"); where there is none, the usual one of its model_type
+        (`DEFAULT_TEMPLATES`).
     """
     directory = Path(directory)
     if remote.is_remote(directory):
@@ -186,7 +188,7 @@ def load_processor(directory, template: str | None = None) -> tuple[Tokenizer, P
     processor, raw = read_json(directory / PROCESSOR), read_json(directory / CONFIG)
     tokenizer = Tokenizer(originals.tokenizer_directory(directory, raw))
     if OURS in processor:
-        config = ProcessorConfig(**_frozen(processor[OURS]))
+        config = _ours(directory, processor)
         return tokenizer, dataclasses.replace(config, template=template or config.template)
     if originals.find(raw):
         made = directory / CONFIG, read_config(directory), tokenizer, template
@@ -213,13 +215,6 @@ def load_processor(directory, template: str | None = None) -> tuple[Tokenizer, P
     return tokenizer, _transformers(image, video)
 
 
-def _frozen(value):
-    """Lists as tuples, as settings are written in Python."""
-    if isinstance(value, dict):
-        return {k: _frozen(v) for k, v in value.items()}
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
-
-
 def _pictures(directory: Path, tokenizer, raw, sections, template) -> ProcessorConfig:
     """Settings of a model that is shown views of a picture."""
     system, cfg = system_of(raw), read_config(directory)
@@ -229,12 +224,12 @@ def _pictures(directory: Path, tokenizer, raw, sections, template) -> ProcessorC
         image_token=images,
         video_token=videos,
         max_frames=MAX_FRAMES,
-        template=template or _template(directory, tokenizer, raw, images),
+        template=template or _template(directory, tokenizer, raw, images, videos),
         picture=system.picture(raw, directory / CONFIG, sections, cfg.vision),
     )
 
 
-def _template(directory: Path, tokenizer: Tokenizer, raw: dict, image: str) -> str:
+def _template(directory: Path, tokenizer: Tokenizer, raw: dict, image: str, video: str) -> str:
     """The template of conversations that a checkpoint shows."""
     kind, named = raw["model_type"], raw.get("template")
     if kind == internvl.ORIGINAL:  # its own code reads no chat template
@@ -252,7 +247,7 @@ def _template(directory: Path, tokenizer: Tokenizer, raw: dict, image: str) -> s
         if jinja:
             tokenizer.hf.chat_template = jinja
         try:
-            choose_template(ProcessorConfig(image_token=image, template=OWN), tokenizer)
+            derive_template(tokenizer, image, video)
         except ValueError as error:
             raise ValueError(
                 f"{directory} has a chat template that is none of ours, and {error}; give "
@@ -267,7 +262,18 @@ def load_remote(directory: Path) -> tuple[Tokenizer, ProcessorConfig]:
 
     how = dict(config=PreTrainedConfig(), trust_remote_code=False, local_files_only=True)
     tokenizer = Tokenizer(AutoTokenizer.from_pretrained(str(directory), **how))
-    return tokenizer, ProcessorConfig(**remote.frozen(read_json(directory / PROCESSOR)[OURS]))
+    return tokenizer, _ours(directory, read_json(directory / PROCESSOR))
+
+
+def _ours(directory: Path, processor: dict) -> ProcessorConfig:
+    """The settings in our own section of the processor's file."""
+    settings = processor.get(OURS)
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"{directory / PROCESSOR} has no section {OURS!r}, which holds the settings of the "
+            "processor; copy the file of the export again"
+        )
+    return build.section(ProcessorConfig, settings, f"{directory / PROCESSOR} {OURS}")
 
 
 def _placeholders(system, tokenizer: Tokenizer, raw: dict) -> tuple[str, str]:

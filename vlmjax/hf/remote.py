@@ -12,6 +12,7 @@ from pathlib import Path
 
 from vlmjax import build
 from vlmjax.connectors import CONNECTORS
+from vlmjax.hf.pixels import read_json
 from vlmjax.hf.table import Row
 from vlmjax.vlm import VLMConfig
 
@@ -22,8 +23,7 @@ STACKS = ("blocks", "cross", "extra")  # names of stacked layers
 
 def is_remote(directory) -> bool:
     """Whether a directory has this layout."""
-    file = Path(directory) / CONFIG
-    return file.is_file() and json.loads(file.read_text()).get("model_type") == KIND
+    return read_json(Path(directory) / CONFIG).get("model_type") == KIND
 
 
 def describe(cfg: VLMConfig) -> dict:
@@ -45,20 +45,13 @@ def describe(cfg: VLMConfig) -> dict:
 
 def read_config(directory) -> VLMConfig:
     """Returns the configuration of a directory; unknown and missing entries are one ValueError."""
-    raw = json.loads((Path(directory) / CONFIG).read_text())
+    raw = read_json(Path(directory) / CONFIG)
     if not isinstance(raw.get("model"), dict):
         raise ValueError(
             f"{directory}/{CONFIG} has model_type {KIND!r} and no entry 'model', which holds the "
             "configuration; copy the file of the export again"
         )
-    return build.model_config(frozen(raw["model"]))
-
-
-def frozen(value):
-    """Returns settings with tuples for the lists that JSON has in their place."""
-    if isinstance(value, dict):
-        return {k: frozen(v) for k, v in value.items()}
-    return tuple(map(frozen, value)) if isinstance(value, (list, tuple)) else value
+    return build.model_config(build.frozen(raw["model"]))
 
 
 def check_config(directory, cfg: VLMConfig, modules=None):

@@ -11,7 +11,7 @@ from transformers import BatchFeature, ProcessorMixin
 # transformers copies the files that lines of this form name, and those that they name.
 from .vlmjax_batch import Budget, Form, TowerForm, UnitRule
 from .vlmjax_bicubic import resize  # noqa: F401
-from .vlmjax_chat import render
+from .vlmjax_chat import named_media, render
 from .vlmjax_diffp import keep_masks  # noqa: F401
 from .vlmjax_grounding import GROUNDING
 from .vlmjax_pack import pack, size
@@ -77,12 +77,12 @@ class VLMJaxProcessor(ProcessorMixin):
         host = self._host
         how = (host.config.image_token, host.config.video_token, add_generation_prompt)
         how += (host.template, GROUNDING[host.config.grounding])
-        texts = [render(_ours(c), *how) for c in _several(conversation)]
+        texts = [render(named_media(c), *how) for c in _several(conversation)]
         return texts[0] if isinstance(conversation[0], dict) else texts
 
     def sample(self, messages, add_generation_prompt=True):
         """Returns the `vlmjax_sample.Sample` of one conversation."""
-        messages = _ours(messages)
+        messages = named_media(messages)
         if av is None and any(p["type"] == "video" for p in _parts(messages)):
             raise ImportError("videos are decoded by PyAV, which is missing: pip install av")
         if add_generation_prompt:
@@ -149,19 +149,6 @@ def _several(conversation):
 
 def _parts(messages):
     return [p for m in messages if not isinstance(m["content"], str) for p in m["content"]]
-
-
-def _ours(messages):
-    """Returns messages with media under the name of their type, where others write "path"."""
-
-    def part(p):
-        kind = p.get("type")
-        return {**p, kind: p["path"]} if kind in ("image", "video") and "path" in p else p
-
-    return [
-        m if isinstance(m["content"], str) else {**m, "content": [part(p) for p in m["content"]]}
-        for m in messages
-    ]
 
 
 def _frozen(value):
