@@ -8,8 +8,8 @@ SigLIP, CLIP, DINOv2-giant and ConvNeXt-XXL each see the picture padded to a squ
 mean colour, in their own size; 24x24 queries read their windows of all four. Stage 1 trains the
 connector and the blocks in the decoder (2.5M), stage 2 the decoder too (Cambrian-7M). Stage 1
 starts from `--config.init.llm=hf:DIR` and, for the encoders, `--config.init.vision=hf:DIR`,
-`vision_2`, `vision_3` and `vision_4`. Rates, batches, warm-up and length are those of the authors'
-scripts; where the blocks of 13b stand, and weight decay, are unverified.
+`vision_2`, `vision_3` and `vision_4`. Rates, batches, warm-up, decay, length, templates and places
+of the blocks are those of the authors' scripts.
 
 As in training there, padding is not cut off: 24 rows of 25 tokens. To cut it off, set `unpad` of
 the format to "original". Left out: the image at one fixed place of all rows, which static shapes on
@@ -22,9 +22,9 @@ from configs.common import TINY_VIT, adamw, choose, parse_arg, rates, recipe, sq
 
 # Decoder, template, placeholder, blocks of SVA in it and how far apart, batch, rate of stage 2.
 SIZES = {
-    "8b": ("llama3_8b", "llama3", "<|reserved_special_token_0|>", 10, 3, 512, 4e-5),
+    "8b": ("llama3_8b", "cambrian_llama3", "<|reserved_special_token_0|>", 10, 3, 512, 4e-5),
     "13b": ("vicuna_1_5_13b", "vicuna", "<unk>", 10, 4, 512, 4e-5),
-    "34b": ("yi_34b", "llava_chatml", "<unk>", 9, 7, 1024, 2e-5),
+    "34b": ("yi_34b", "cambrian_chatml", "<unk>", 9, 7, 1024, 2e-5),
 }
 SAMPLES = {1: 2_500_000, 2: 7_000_000}
 WARMUP = {1: 0.06, 2: 0.03}

@@ -127,6 +127,15 @@ def square(side, mode="pad", **fill):
     return (dict(name="square", side=side, mode=mode) | fill,)
 
 
+# Template of captions alone, those of stage 1, by the template of conversations.
+PLAIN = {
+    "vicuna": "plain",
+    "mistral": "plain",
+    "llava_llama3": "plain_llama3",
+    "vila_llama3": "plain_llama3",
+    "llava_chatml": "plain_chatml",
+    "qwen": "plain_chatml",
+}
 # Canvases of AnyRes in tiles, (width, height): the released ones, and those of anyres_max_N.
 ANYRES = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 ANYRES_6X6 = tuple((i, j) for i in range(1, 7) for j in range(1, 7))

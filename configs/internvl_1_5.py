@@ -12,8 +12,8 @@ version of the pixel shuffle). Stage 1 starts from `--config.init.vision=hf:DIR
 the authors' posts; what they leave out is marked.
 
 Left out: drop-path (0.1 to 0.4 of the tower in most stages), random JPEG compression of training
-pictures, the Chinese system prompt, and the LongRoPE factors of Phi-3-mini-128k, which come with
-its config.json: give them as rope_short, rope_long and rope_factors of the decoder.
+pictures, and the LongRoPE factors of Phi-3-mini-128k, which come with its config.json: give them as
+rope_short, rope_long and rope_factors of the decoder.
 """
 
 from ml_collections import ConfigDict
@@ -23,7 +23,6 @@ from configs.common import TINY_SIDE, adamw, parse_arg, rates, recipe, square, t
 V6B, V300M = dict(preset="internvit_6b_v1_5"), dict(preset="internvit_300m")
 # The features of the fourth-last of its 48 layers, at 448 pixels: unverified.
 V1_1 = dict(preset="internvit_6b_v1_0", features="-4", side=32)
-CHAT, LLAMA = ("chatml", "<unk>"), ("vicuna", "<unk>")  # the latter unverified
 # Nine tokens are added to each vocabulary: <img>, </img>, <IMG_CONTEXT>, boxes and references. The
 # rows that checkpoints give them are unverified; Phi-3's table has room for them.
 INTERNLM2_20B = dict(preset="internlm2_20b", vocab=92553)
@@ -31,14 +30,14 @@ INTERNLM2_1_8B = dict(preset="internlm2_1_8b", vocab=92553)
 YI = dict(preset="yi_34b", vocab=64009)
 PHI3 = dict(preset="phi3_mini_4k")
 LLAMA2 = dict(preset="llama2_13b", vocab=32009)  # 1.1: unverified that it is this decoder
-# Encoder, decoder, (template, placeholder).
+# Encoder, decoder, template.
 SIZES = {
-    ("1.1", "19b"): (V1_1, LLAMA2, LLAMA),
-    ("1.2", "40b"): (V6B, YI, CHAT),
-    ("1.5", "26b"): (V6B, INTERNLM2_20B, CHAT),
-    ("1.5", "40b"): (V6B, YI, CHAT),
-    ("1.5", "2b"): (V300M, INTERNLM2_1_8B, CHAT),
-    ("1.5", "4b"): (V300M, PHI3, ("phi3", "<unk>")),
+    ("1.1", "19b"): (V1_1, LLAMA2, "internvl_zh"),
+    ("1.2", "40b"): (V6B, YI, "internvl"),
+    ("1.5", "26b"): (V6B, INTERNLM2_20B, "internvl_internlm2"),
+    ("1.5", "40b"): (V6B, YI, "internvl"),
+    ("1.5", "2b"): (V300M, INTERNLM2_1_8B, "internvl_internlm2"),
+    ("1.5", "4b"): (V300M, PHI3, "internvl_phi3"),
 }
 BOTH, MLP, ALL = ("vision", "connector"), ("connector",), ("vision", "connector", "llm")
 # What is trained, millions of samples, batch, rate, weight decay, length.
@@ -67,7 +66,7 @@ def get_config(arg=None):
         raise ValueError(
             f"version={version!r}, size={size!r}, stage={stage} is none of {sorted(STAGES)}"
         )
-    vision, llm, (template, placeholder) = SIZES[version, size]
+    vision, llm, template = SIZES[version, size]
     trained, millions, batch, peak, wd, length = STAGES[version, size, stage]
     tiles = version == "1.5"
     side = TINY_SIDE if arg["tiny"] else 448
@@ -92,7 +91,7 @@ def get_config(arg=None):
             format=(("control", ("<img>", "</img>")),),
         ),
         template=template,
-        placeholder=placeholder,
+        placeholder="<unk>",
         batch=batch,
         steps=round(millions * 1e6 / batch),
         length=length,

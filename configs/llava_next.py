@@ -7,8 +7,7 @@ python -m vlmjax.main train --workdir runs/llava_next_tiny --config configs/llav
 Stage 1 starts from `--config.init.vision=hf:DIR --config.init.llm=hf:DIR`; 1.6 itself took the
 connectors of LLaVA-1.5. Rates, batches and data are those of the authors' posts (558K, then 760K;
 790K with the stronger decoders). Stage 1.5 of the ablations ("high-quality knowledge") is stage 2
-on other data. With decoders whose tokenizer has no <s>, stage 1 has captions in their chat template
-instead of the plain one.
+on other data.
 
 `max_tiles=N` is their "higher AnyRes" (anyres_max_N): any grid up to 6x6, its map shrunk to the
 tokens of N tiles. The ablation of resolutions used size=so400m_qwen1_5_0_5b with N = 4, 9, 16.
@@ -19,6 +18,7 @@ from ml_collections import ConfigDict
 from configs.common import (
     ANYRES,
     ANYRES_6X6,
+    PLAIN,
     TINY_SIDE,
     anyres,
     choose,
@@ -78,7 +78,7 @@ def get_config(arg=None):
         ),
         lr={1: rates(connector=1e-3), 2: rates(2e-6, peak, peak)}[stage],
         picture=picture,
-        template={1: "plain", 2: template}[stage] if placeholder == "<unk>" else template,
+        template={1: PLAIN[template], 2: template}[stage],
         placeholder=placeholder,
         batch=batch,
         steps=samples // batch,

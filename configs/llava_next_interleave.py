@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from configs.common import (
     PICTURES,
+    PLAIN,
     TINY_SIDE,
     anyres,
     choose,
@@ -52,7 +53,7 @@ def get_config(arg=None):
         ),
         lr=LR[stage],
         picture=picture,
-        template="qwen",
+        template={1: PLAIN["qwen"]}.get(stage, "qwen"),
         placeholder="<|endoftext|>",
         batch=BATCH[stage],
         steps=SAMPLES[stage] // BATCH[stage],

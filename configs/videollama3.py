@@ -3,11 +3,12 @@
 python -m vlmjax.main train --workdir runs/vl3_2b/stage1 \\
     --config configs/videollama3.py:size=2b,stage=1
 
-Stage 1 starts from `--config.init.vision=hf:DIR --config.init.llm=hf:DIR` (SigLIP so400m/14-384 and
-Qwen2.5-Instruct). The sources are those of the paper's Tables 1 to 4, as DATA/NAME.jsonl with media
-in DATA (the argument data=DATA); what is there shares the table's count of its group, and what is
-absent is said before the first step. Measure them with `data index` and set --config.data.index.
-The learning rates, lengths, merge sizes and batch are those of the authors' scripts and paper.
+Stage 1 starts from `--config.init.vision=hf:DIR --config.init.llm=hf:DIR`: Qwen2.5-Instruct, and
+for 2b SigLIP so400m/14-384; 7b starts from the tower that 2b was trained to. The sources are those
+of the paper's Tables 1 to 4, as DATA/NAME.jsonl with media in DATA (the argument data=DATA); what
+is there shares the table's count of its group, and what is absent is said before the first step.
+Measure them with `data index` and set --config.data.index. The learning rates, lengths, merge sizes
+and batch are those of the authors' scripts and paper.
 """
 
 from ml_collections import ConfigDict

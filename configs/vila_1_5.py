@@ -6,8 +6,8 @@ python -m vlmjax.main train --workdir runs/vila_1_5_tiny --config configs/vila_1
 
 Sizes: 3b, 3b_s2 (two scales of the picture side by side), 8b, 13b, 40b. Stage 1 aligns (CC3M-595K),
 stage 2 pretrains the decoder (COYO-25M, MMC4-core, ShareGPT4V-PT), stage 3 tunes everything. Stage
-1 starts from `--config.init.vision=hf:DIR --config.init.llm=hf:DIR`. Rates and batches are those of
-the release scripts; the samples of stages 2 and 3 and the templates of 8b and 40b are unverified.
+1 starts from `--config.init.vision=hf:DIR --config.init.llm=hf:DIR`. Rates, batches, lengths and
+templates are those of the release scripts; the samples of stages 2 and 3 are unverified.
 
 Left out: text between images is not trained, so the documents of MMC4 are as many picture and text
 turns; DPO of 8b, which needs its objective.
@@ -15,7 +15,7 @@ turns; DPO of 8b, which needs its objective.
 
 from ml_collections import ConfigDict
 
-from configs.common import TINY_SIDE, adamw, choose, parse_arg, rates, recipe, square, tiny
+from configs.common import PLAIN, TINY_SIDE, adamw, choose, parse_arg, rates, recipe, square, tiny
 
 SIGLIP = dict(preset="siglip_so400m_14_384", features="-2")
 INTERNVIT = dict(preset="internvit_6b_v1_5")
@@ -23,7 +23,7 @@ INTERNVIT = dict(preset="internvit_6b_v1_5")
 SIZES = {
     "3b": (SIGLIP, 384, "sheared_llama_2_7b", "vicuna", "<unk>"),
     "3b_s2": (SIGLIP, 384, "sheared_llama_2_7b", "vicuna", "<unk>"),
-    "8b": (SIGLIP, 384, "llama3_8b", "llava_llama3", "<|reserved_special_token_0|>"),
+    "8b": (SIGLIP, 384, "llama3_8b", "vila_llama3", "<|reserved_special_token_0|>"),
     "13b": (SIGLIP, 384, "vicuna_1_5_13b", "vicuna", "<unk>"),
     "40b": (INTERNVIT, 448, "yi_34b", "llava_chatml", "<unk>"),
 }
@@ -41,6 +41,7 @@ def get_config(arg=None):
     vision, side, llm, template, placeholder = SIZES[size]
     side, grid = (TINY_SIDE, 4) if arg["tiny"] else (side, 27)
     last, wd = (2e-5, 0.05) if size == "40b" else (1e-4, 0.0)
+    batch = 512 if size == "40b" and stage == 3 else BATCH[stage]
     lr = {
         1: rates(connector=1e-3),
         2: rates(connector=5e-5, llm=5e-5),
@@ -51,7 +52,7 @@ def get_config(arg=None):
         connector=dict(layers=2, window=2, norm="layer"),
         llm=dict(preset=llm),
     )
-    picture = dict(strategy=square(side, "resize"), format=(("tail", "\n"),))
+    picture = dict(strategy=square(side, "resize"))
     if size == "3b_s2":
         # The map of the four tiles is averaged to the grid of the whole view.
         model["sources"] = (0, 0)
@@ -65,12 +66,12 @@ def get_config(arg=None):
         lr=lr[stage],
         optim=adamw(wd=wd if stage == 3 else 0.0),
         picture=picture,
-        template=template,
+        template={1: PLAIN[template]}.get(stage, template),
         placeholder=placeholder,
-        batch=BATCH[stage],
-        steps=SAMPLES[stage] // BATCH[stage],
-        tokens={1: 2560, 2: 4096, 3: 6144}[stage],
-        length={1: 2560, 2: 4096, 3: 4096}[stage],
+        batch=batch,
+        steps=SAMPLES[stage] // batch,
+        tokens={1: 4096, 2: 4096, 3: 6144}[stage],
+        length=4096,
         views=VIEWS[stage] * (5 if size == "3b_s2" else 1),
         per_row=PER_ROW[stage],
         video=dict(max_frames=8),  # unverified

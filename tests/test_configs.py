@@ -284,10 +284,13 @@ def test_stage_1_names_the_weights_it_needs():
         loop.initial_params(run, None, None)
 
 
-def test_random_init_is_said_in_three_ways(tmp_path):
+def test_random_init_is_said_in_some_ways(tmp_path):
     values = []
     for init in (
         None,
+        "random",
+        "None",
+        dict(vision="None"),
         dict(vision=None, llm=None),
         dict(vision="random", connector="random", llm="random"),
     ):

@@ -135,8 +135,8 @@ def test_broken_records_are_named_and_every_other_is_used_once(tmp_path, packing
         rows.insert(int(at), row)
     spec = write(folder / "rows.jsonl", rows)
     config = mixture_config(folder, 8, data__sources=((spec, 1.0),), data__quota=0.02)
-    config.data.epochs = 1.0
     if packing == "plan":
+        config.data.epochs = 1.0
         make_index(config)
         assert sum(1 for _ in mix.planned(*planning(config))[0]) > 3
     else:
@@ -202,9 +202,41 @@ def test_other_data_are_refused_or_accepted_from_a_step_on(tmp_path):
     config.data.changed_at = 0
     (anew,) = batches(config, tmp_path / "new", 1)[1]
     assert anew.ids == first.ids
+    assert meta["identity"]["numpy"] == ".".join(np.__version__.split(".")[:2])
     config.data.changed_at = 9
     with pytest.raises(ValueError, match="changed_at=9 lies behind step 0"):
         batches(config, tmp_path / "new", 1)
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        (dict(epochs=1.0, index=""), "data.epochs=1.0 with data.index=''.*with an index"),
+        (dict(epochs=-1.0), "data.epochs=-1.0 with"),
+        (dict(epochs=float("inf")), "data.epochs=inf with"),
+        (dict(sources=(("json:a",),)), "data.sources has ..json:a',.: a source is"),
+        (dict(sources=("json:a",)), "data.sources has 'json:a': a source is"),
+        (dict(sources=(("json:a", "1"),)), "'json:a' has weight=1, .*: give one"),
+        (dict(sources=(("json:a", float("nan")),)), "weight=nan, .*: give one"),
+        (dict(sources=(dict(spec="json:a", epochs=float("inf")),)), "epochs=inf, .*: give one"),
+        (dict(groups=(("g", 0.0),)), "data.groups=.*a weight above 0"),
+    ],
+)
+def test_amounts_that_nothing_can_be_drawn_by(changes, message):
+    known = dict(sources=(("json:a", 1.0),), tokenizer="demo", budget=(8, 8, 8, 4), index="i")
+    mix.DataConfig(**known, epochs=0.5)
+    with pytest.raises(ValueError, match=message):
+        mix.DataConfig(**known | changes)
+
+
+@pytest.mark.parametrize("setting", ["image_merge", "video_merge", "patch"])
+def test_a_source_is_not_processed_for_another_model(tmp_path, setting):
+    config = mixture_config(tmp_path / "mix", 2)
+    (spec, _), text = config.data.sources
+    other = dict(spec=spec, name="shown", weight=1.0, processor={setting: 3})
+    config.data.sources = (other, text)
+    with pytest.raises(ValueError, match=f"'shown' is processed with .*{setting}=3.*the model has"):
+        build.open_data(build.resolve(config))
 
 
 def test_groups_caps_absent_sources_and_settings_of_their_own(tmp_path):

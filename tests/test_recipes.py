@@ -1,6 +1,7 @@
 """Recipes: every size and stage lowers, published numbers, and tiny variants that train."""
 
 import dataclasses
+import importlib
 
 import jax
 import numpy as np
@@ -47,7 +48,7 @@ def test_lowers_at_full_size(name, arg):
 
 
 # Config, argument -> peak of vision, connector, decoder; batch; warm-up; wd. Published but for the
-# warm-up of InternVL and the decay of Cambrian-1, which pin what the configs call unverified.
+# warm-up of InternVL and the batch of MiniCPM-V, which pin what the configs call unverified.
 PUBLISHED = {
     ("llava_1_5", "stage=1"): (None, 1e-3, None, 256, 0.03, 0),
     ("llava_1_5", "stage=2"): (None, 2e-5, 2e-5, 128, 0.03, 0),
@@ -61,28 +62,56 @@ PUBLISHED = {
     ("internvl_1_5", "size=40b,stage=1"): (None, 1e-4, None, 2048, 0.03, 0.05),
     ("internvl_1_5", "size=2b,stage=2"): (4e-5, 4e-5, 4e-5, 1024, 0.03, 0.01),
     ("internvl_1_5", "size=4b,stage=1"): (None, 2e-4, None, 2048, 0.03, 0.05),
-    ("minicpm_v", "version=2.5,stage=2"): (1e-6, 1e-6, 1e-6, None, 0.01, 0.1),
+    ("minicpm_v", "version=2.5,stage=2"): (1e-6, 1e-6, 1e-6, 128, 0.01, 0.1),
     ("vila_1_5", "stage=1"): (None, 1e-3, None, 256, 0.03, 0),
     ("vila_1_5", "stage=2"): (None, 5e-5, 5e-5, 1024, 0.03, 0),
     ("vila_1_5", "stage=3"): (1e-4, 1e-4, 1e-4, 1024, 0.03, 0),
-    ("vila_1_5", "size=40b,stage=3"): (2e-5, 2e-5, 2e-5, 1024, 0.03, 0.05),
+    ("vila_1_5", "size=40b,stage=3"): (2e-5, 2e-5, 2e-5, 512, 0.03, 0.05),
     ("cambrian_1", "stage=1"): (None, {1e-3, 1e-4}, {1e-4, None}, 512, 0.06, 0),
     ("cambrian_1", "size=34b,stage=2"): (None, 2e-5, 2e-5, 1024, 0.03, 0),
 }
 
 
 @pytest.mark.parametrize(("name", "arg"), PUBLISHED)
-def test_numbers_are_the_published_ones(name, arg):
-    values = config(name, arg)
-    run = build.resolve(values)
+def test_numbers_are_the_published_ones(name, arg, monkeypatch):
+    module, said = importlib.import_module(f"configs.{name}"), {}
+    recipe = module.recipe
+    monkeypatch.setattr(module, "recipe", lambda *a, **how: said.update(how) or recipe(*a, **how))
+    run = build.resolve(config(name, arg))
     lrs = resolve_lr(run.lr, build.abstract(run.model)[1])
     *rates, batch, warmup, wd = PUBLISHED[name, arg]
     for module, want in zip(("vision", "connector", "llm"), rates, strict=True):
         found = {lr for path, lr in lrs.items() if path.startswith(module)}
         assert found == (want if isinstance(want, set) else {want}), module
     assert (run.optim.warmup, run.optim.wd) == (warmup, wd)
-    assert batch is None or batch % run.train.rows == 0
+    assert run.train.rows * said["per_row"] == batch == said["batch"]
     assert run.model.compute.dtype == "bfloat16" and run.optim.schedule == "cosine"
+
+
+# Config, argument -> template, in the words of `data.templates`.
+TEMPLATES = {
+    ("llava_next", "size=hermes_yi_34b,stage=1"): "plain_chatml",
+    ("llava_next", "size=hermes_yi_34b,stage=2"): "llava_chatml",
+    ("llava_next", "size=llama3_8b,stage=1"): "plain_llama3",
+    ("llava_next", "size=mistral_7b,stage=1"): "plain",
+    ("llava_next_interleave", "stage=1"): "plain_chatml",
+    ("vila_1_5", "size=8b,stage=1"): "plain_llama3",
+    ("vila_1_5", "size=8b,stage=3"): "vila_llama3",
+    ("vila_1_5", "size=40b,stage=2"): "llava_chatml",
+    ("cambrian_1", "size=8b"): "cambrian_llama3",
+    ("cambrian_1", "size=34b"): "cambrian_chatml",
+    ("internvl_1_5", "size=26b"): "internvl_internlm2",
+    ("internvl_1_5", "size=40b"): "internvl",
+    ("internvl_1_5", "version=1.1,size=19b"): "internvl_zh",
+}
+
+
+@pytest.mark.parametrize(("name", "arg"), TEMPLATES)
+def test_templates_are_the_published_ones(name, arg):
+    found = config(name, arg).processor
+    assert found.template == TEMPLATES[name, arg]
+    if name == "vila_1_5":  # one newline after a picture, that of the template
+        assert "format" not in found.picture and found.max_length == 4096
 
 
 @pytest.mark.parametrize("name", RECIPES)

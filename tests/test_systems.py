@@ -138,3 +138,34 @@ def test_a_budget_of_views_holds_them(name):
             check_fits(sample, budget)
             _, stats = pack([[sample], []], budget, cfg.form)
             assert stats.samples == 1 and stats.tokens == len(sample.tokens)
+
+
+@pytest.mark.parametrize("name", systems.SYSTEMS)
+def test_every_token_of_a_video_has_its_place(name):
+    """Of three square frames, of which nothing is padding."""
+    cfg, process = systems.make(name)
+    frames = np.random.default_rng(0).integers(0, 255, (3, 60, 60, 3), dtype=np.uint8)
+    sample = process({"id": "0", "messages": systems.messages(frames)})
+    made = sample.placement
+    number = sum(len(made.units[sources[0]].index) * n for sources, n in cfg.form.groups)
+    number = number if made.pool is None else len(made.pool.index)
+    shown = made.source[made.source >= 0]
+    np.testing.assert_array_equal(np.sort(shown), np.arange(number))
+    once = process({"id": "0", "messages": systems.messages(frames[:1])}).placement
+    assert len(shown) == 3 * np.count_nonzero(once.source >= 0)
+
+
+def test_a_whole_prompt_of_minicpm():
+    """Newlines between the slices of a picture that is three of them high, and one after it."""
+    _, process = systems.make("minicpm")
+    rng = np.random.default_rng(0)
+    prompt = process.prompt(systems.messages(systems.picture(rng, 20, 60), answer=""))
+    seen = "<image>####</image>"
+    text = process.tokenizer.decode(prompt.tokens, skip_special=False)
+    found = text.replace(process.config.image_token, "#")
+    assert found == f"<s><用户>{seen}<slice>{seen}\n{seen}\n{seen}</slice>\nwhat?<AI>"
+    frames = np.zeros((2, 20, 20, 3), np.uint8)
+    video = process.prompt(systems.messages(frames, answer=""))
+    text = process.tokenizer.decode(video.tokens, skip_special=False)
+    found = text.replace(process.config.video_token, "#")
+    assert found == f"<s><用户>{seen}\n{seen}\nwhat?<AI>"

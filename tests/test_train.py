@@ -317,3 +317,8 @@ def test_modules_start_from_hugging_face_directories(tmp_path):
     for path, x in params.items():
         same = np.array_equal(np.asarray(x), np.asarray(saved[path]))
         assert same == (not path.startswith("connector/")), path
+    # A later stage takes a whole model.
+    run = build.resolve(tiny_config(tmp_path, stage=2, init=source))
+    whole = loop.initial_params(run, shapes, where)
+    assert whole.keys() == saved.keys()
+    assert all(np.array_equal(whole[path], x) for path, x in saved.items())

@@ -125,7 +125,7 @@ def restore_params(workdir, place=None):
     if folder is None:
         raise CheckpointError(
             f"{workdir} holds no complete checkpoint; run that stage first, or point init at a "
-            "run that did"
+            "run that did, at a Hugging Face model (init=hf:DIR) or at nothing (init=random)"
         )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         path = (folder / "arrays").absolute()

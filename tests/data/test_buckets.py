@@ -128,3 +128,8 @@ def test_a_sample_has_to_fit_one_bucket():
         r"53 tokens \(row budget 52\): it fits no row",
     ):
         check_fits(make_sample("b", 4, 49), MIXED, wide)
+
+
+def test_short_samples_fill_a_batch_although_the_pool_is_small():
+    found = next(stream(budgets=(MIXED,), pool=2))
+    assert found.stats.token_fill > 0.8

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -11,8 +13,12 @@ from vlmjax.batch import Budget, Form, TowerForm
 from vlmjax.data import index
 from vlmjax.data.health import BadRecord
 from vlmjax.data.jsonl import JsonSource
+from vlmjax.data.loading import WorkerFailure
+from vlmjax.data.mixture import Mixture
 from vlmjax.data.pack import size
+from vlmjax.data.plan import Plan
 from vlmjax.data.processor import Processor, ProcessorConfig
+from vlmjax.data.reader import PlannedRows, Reader
 from vlmjax.data.tokenizer import byte_tokenizer
 
 BUDGET = Budget(400, (400,), (400,), (4,))
@@ -68,7 +74,7 @@ def test_lengths_are_those_of_the_samples(tmp_path, pixels):
 
 
 def test_workers_and_interruption_change_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(index, "CHUNK", 4)
+    monkeypatch.setitem(index.CHUNK, "blank", 4)
     records, process = source(tmp_path), processor()
     whole = index.build(records, process, BUDGET, tmp_path / "whole")
     same(index.build(records, process, BUDGET, tmp_path / "two", workers=2), whole)
@@ -90,6 +96,64 @@ def test_workers_and_interruption_change_nothing(tmp_path, monkeypatch):
     assert len(calls) == 3 + 3  # chunks of before are not measured again
 
 
+def test_media_that_were_repaired_are_measured_again(tmp_path, monkeypatch):
+    """`data index` once more: only records whose media were at fault, whose lines then go."""
+    records, process, folder = source(tmp_path), processor(), tmp_path / "index"
+    first, measured, measure = index.build(records, process, BUDGET, folder), [], index._measure
+    written = (folder / "index.json").stat()
+
+    def counted(*work):
+        measured.extend(work[-1])
+        return measure(*work)
+
+    monkeypatch.setattr(index, "_measure", counted)
+    same(index.build(records, process, BUDGET, folder), first)
+    assert measured == [4] and (folder / "index.json").stat() == written
+    picture(tmp_path, "gone.png", np.random.default_rng(0), (40, 40))
+    again = index.build(records, process, BUDGET, folder)
+    assert measured == [4, 4] and again.digest != first.digest
+    assert [b["record"] for b in again.bad()] == [9]
+    np.testing.assert_array_equal(again.usable, np.delete(np.arange(20), 9))
+    same(index.build(records, process, BUDGET, tmp_path / "new"), again)
+
+
+def test_a_pass_that_was_killed_while_it_wrote(tmp_path, monkeypatch):
+    records, process, folder = source(tmp_path), processor(), tmp_path / "index"
+    whole = index.build(records, process, BUDGET, tmp_path / "whole")
+    index.build(records, process, BUDGET, folder)
+    identity = json.loads((folder / "index.json").read_text())["identity"]
+    (folder / "index.json").write_text(json.dumps({"identity": identity}))
+    with pytest.raises(ValueError, match="lacks 0 records still"):
+        index.open_index(folder, index.identity(records, process, BUDGET))
+    reasons = np.load(folder / "reasons.npy")
+    reasons[8:] = 255
+    np.save(folder / "reasons.npy", reasons)
+    listed = (folder / "bad.jsonl").read_bytes()
+    (folder / "bad.jsonl").write_bytes(listed[:-30])
+    same(index.build(records, process, BUDGET, folder), whole)
+    (folder / "index.json").write_text("")
+    with pytest.raises(ValueError, match="index.json is damaged .*: remove .* and make it with"):
+        index.build(records, process, BUDGET, folder)
+
+
+class Fatal(JsonSource):
+    """Its seventh record ends the process that reads it, as a decoder can."""
+
+    def __getitem__(self, index):
+        if index == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def test_a_record_that_kills_its_process_is_named(tmp_path):
+    write(tmp_path / "rows.jsonl", [talk(f"r{i}", "?") for i in range(12)])
+    work = (Fatal(tmp_path / "rows.jsonl", tmp_path), processor(), BUDGET, tmp_path / "index")
+    with pytest.raises(
+        WorkerFailure, match=r"was killed by SIGKILL .*before it made rows \[.*range\(7, 8\)"
+    ):
+        index.build(*work, workers=1, pixels="decoded")
+
+
 def test_an_index_of_other_data_is_refused(tmp_path):
     records, process = source(tmp_path), processor()
     folder = tmp_path / "index"
@@ -108,6 +172,30 @@ def test_an_index_of_other_data_is_refused(tmp_path):
         file.write(json.dumps(talk("more", "?")) + "\n")
     with pytest.raises(ValueError, match="made with another source, records"):
         index.build(JsonSource(tmp_path / "rows.jsonl", tmp_path), process, BUDGET, folder)
+
+
+def test_a_record_that_has_grown_is_named_and_its_row_kept(tmp_path):
+    """One of three pictures becomes larger than its index says, first by what the row can spare."""
+    rng, process = np.random.default_rng(0), processor(max_visual_tokens=400)
+    budget = Budget(400, (200,), (200,), (4,))
+    rows = [
+        talk(f"r{i}", "<image>?", image=picture(tmp_path, f"{i}.png", rng, (56, 56)))
+        for i in range(3)
+    ]
+    write(tmp_path / "rows.jsonl", rows)
+    records = JsonSource(tmp_path / "rows.jsonl", tmp_path)
+    found = index.build(records, process, budget, tmp_path / "index")
+    plan = Plan(Mixture([3], [1.0], 0), [found.sizes], [budget], 1, draws=3)
+    packed = PlannedRows(
+        plan, Reader(["r"], [records], [process]), [budget], process.form, "token", (0,)
+    )
+    assert len(plan) == 1 and len(packed[0].ids) == 3
+    picture(tmp_path, "1.png", rng, (64, 64))
+    assert set(packed[0].ids) == {"r0", "r1", "r2"}  # there was room to spare
+    picture(tmp_path, "1.png", rng, (104, 96))
+    (bad,) = packed[0].bad
+    assert bad[:3] == ("r", records.id(1), "too_long") and "length index says" in bad.message
+    assert set(packed[0].ids) == {"r0", "r2"}
 
 
 def test_blank_samples_read_headers_only(tmp_path):

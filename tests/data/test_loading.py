@@ -1,6 +1,7 @@
 """Rows from threads and processes: order, transport, and every way in which a worker can fail."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -202,6 +203,20 @@ def test_a_worker_has_no_jax_and_one_thread():
     pid, found, environment = next(load(Inside(), workers=1))
     assert pid != os.getpid() and not found
     assert environment["OMP_NUM_THREADS"] == "1"
+
+
+class Limits:
+    def __getitem__(self, i):
+        return resource.getrlimit(resource.RLIMIT_NOFILE)
+
+
+def test_a_worker_may_open_as_many_files_as_the_system_lets_it():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        assert next(load(Limits(), workers=1)) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGKILL"])

@@ -12,7 +12,7 @@ from vlmjax.data.mixture import Mixture
 from vlmjax.data.pack import check_fits, first_fit, pack
 from vlmjax.data.reader import Reader
 from vlmjax.data.sample import Item, Sample, window_coords
-from vlmjax.data.stream import packed_batches
+from vlmjax.data.stream import NoGoodRecord, packed_batches
 
 BUDGET = Budget(24, 16, 8, 4)
 
@@ -158,7 +158,7 @@ def test_workers_change_nothing(workers):
 
     def batches(position=None, **how):
         sources = dict(names=("a", "b"), sources=[Half(), Half()], processors=[some, some])
-        how |= dict(pool=12, form=Form((TowerForm(2),)), normalisation="token", unusable="replace")
+        how |= dict(pool=12, form=Form((TowerForm(2),)), normalisation="token")
         mixture = Mixture([50, 80], [2.0, 1.0], seed=0)
         return packed_batches(mixture, Reader(**sources), [BUDGET], 2, position=position, **how)
 
@@ -176,7 +176,7 @@ def test_workers_change_nothing(workers):
 def test_bad_records_are_replaced_in_every_epoch():
     def batches(usable):
         reader = Reader(("half",), [Half()], [usable])
-        how = dict(pool=4, form=Form((TowerForm(2),)), normalisation="token", unusable="replace")
+        how = dict(pool=4, form=Form((TowerForm(2),)), normalisation="token")
         return packed_batches(Mixture([2], [1.0], seed=0), reader, [BUDGET], 2, **how)
 
     found = [p for _, p in zip(range(20), batches(half), strict=False)]
@@ -186,5 +186,19 @@ def test_bad_records_are_replaced_in_every_epoch():
     def none(record):
         raise BadRecord("too_long", "all")
 
-    with pytest.raises(ValueError, match="no record of source 'half' can be used; the last one"):
+    with pytest.raises(NoGoodRecord, match="no record of source 'half' can be used; the last one"):
         next(batches(none))
+
+
+def test_a_source_that_is_bad_throughout_ends_at_its_quota():
+    read = []
+
+    def none(record):
+        read.append(record["id"])
+        raise BadRecord("missing_file", "gone")
+
+    reader = Reader(("half",), [Half()], [none])
+    how = dict(pool=4, form=Form((TowerForm(2),)), normalisation="token", quota=0.01)
+    with pytest.raises(NoGoodRecord) as caught:
+        next(packed_batches(Mixture([1000], [1.0], seed=0), reader, [BUDGET], 2, **how))
+    assert len({bad.id for bad in caught.value.bad}) == 11 and len(read) < 40

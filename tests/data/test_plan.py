@@ -1,6 +1,9 @@
 """Plans: every draw once, rows within budgets, any step by its number, even shards, buckets."""
 
+import functools
+import operator
 import pickle
+import time
 
 import numpy as np
 import pytest
@@ -35,10 +38,26 @@ def same(a, b):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 16, 17, 1000, 12345])
 def test_permuted_is_a_permutation(n):
-    first, second = (permuted(np.arange(n), n, (0, epoch)) for epoch in (1, 2))
+    first, second = (permuted(np.arange(n), n, [(0, epoch)]) for epoch in (1, 2))
     assert sorted(first) == sorted(second) == list(range(n))
     assert n < 16 or (first != second).any()
-    np.testing.assert_array_equal(first[::3], permuted(np.arange(n)[::3], n, (0, 1)))
+    np.testing.assert_array_equal(first[::3], permuted(np.arange(n)[::3], n, [(0, 1)]))
+    seeds, which = [(0, 2), (0, 1)], np.arange(n) % 2
+    np.testing.assert_array_equal(
+        permuted(np.arange(n), n, seeds, which), np.where(which, first, second)
+    )
+
+
+def test_many_epochs_of_a_small_source_take_no_time():
+    """The order is that of one permutation after another."""
+    mixture, began = Mixture([2, 1, 10_000], [0.25, 0.25, 0.5], seed=0), time.monotonic()
+    drawn = mixture.draws(0, 32768)
+    assert time.monotonic() - began < 5  # a permutation at a time takes 20 s or more
+    records = drawn[drawn[:, 0] == 0, 1]
+    orders = [permuted(np.arange(2), 2, [(0, 1, epoch)]) for epoch in (0, 1, 2, 4000)]
+    for epoch, order in zip((0, 1, 2, 4000), orders, strict=True):
+        np.testing.assert_array_equal(records[2 * epoch : 2 * epoch + 2], order)
+    assert (drawn[drawn[:, 0] == 1, 1] == 0).all()
 
 
 def test_draws_keep_the_weights_and_use_every_record_once_an_epoch():
@@ -133,6 +152,31 @@ def test_best_fit_is_tight():
     rows = [set(row) for row in best_fit(shares)]
     assert len(rows) == 2 and set.union(*rows) == set(range(6))
     assert best_fit(np.zeros((0, 3))) == []
+
+
+def test_rows_do_not_depend_on_how_a_library_rounds():
+    """Sums in order, as in Python; here the kernels of OpenBLAS break a tie in another way."""
+    rng = np.random.default_rng(109)
+    dims, limits = int(rng.integers(2, 6)), np.array([13, 14, 15, 17, 19])
+    shares = rng.integers(1, 5, (300, dims)) / limits[:dims]
+    weights = (shares.sum(0) / shares.sum()).tolist()
+    rows, taken = [], []
+    for i in np.argsort(-shares.max(1), kind="stable"):
+        after = [[x + y for x, y in zip(row, shares[i].tolist(), strict=True)] for row in taken]
+        scores = [
+            functools.reduce(operator.add, map(operator.mul, weights, row))
+            if max(row) <= 1 + 1e-9
+            else -1.0
+            for row in after
+        ]
+        if max(scores, default=-1.0) < 0:
+            rows.append([i])
+            taken.append(shares[i].tolist())
+        else:
+            best = int(np.argmax(scores))
+            rows[best].append(i)
+            taken[best] = after[best]
+    assert [row.tolist() for row in best_fit(shares)] == rows
 
 
 def test_what_cannot_be_planned():

@@ -2,8 +2,10 @@
 
 import os
 import pickle
+import shutil
 import subprocess
 import sys
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import source_files as files
 
 from vlmjax.data import convert
 from vlmjax.data.health import BadRecord
+from vlmjax.data.shards import AbsentFiles
 from vlmjax.data.sources import open_source
 
 WRITER = Path(__file__).with_name("tfds_writer.py")
@@ -187,6 +190,62 @@ def test_boxes_and_documents_survive_packing(media, tmp_path):
         assert plain(packed[i]) == plain(source[i])
 
 
+def test_few_of_many_files_are_open_at_a_time(media, tmp_path):
+    from vlmjax.data.array_record import OPEN
+
+    rows = [{"id": f"{k}", "conversations": files.turns("")} for k in range(2)]
+    source = open_source(files.write_jsonl(tmp_path / "a.jsonl", rows), media, 0)
+    for k in range(OPEN + 40):
+        if k:
+            shutil.copy(tmp_path / "0.array_record", tmp_path / f"{k}.array_record")
+        else:
+            convert.pack(source, tmp_path / "0.array_record")
+    many = open_source(f"array_record:{tmp_path}/*.array_record", media, 0)
+    assert len(many) == 2 * (OPEN + 40) and len(many[-1]["messages"]) == 2
+    ids = [many[k]["id"] for k in range(len(many))]
+    assert ids == ["0", "1"] * (OPEN + 40)
+    opened = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+    assert sum(str(tmp_path.resolve()) in file for file in opened) == OPEN
+
+
+@pytest.mark.parametrize(
+    "said,kind",
+    [
+        ("open() failed: Too many open files; opening a", OSError),
+        ("pread() failed: Input/output error", OSError),
+        ("open() failed: No such file or directory; opening a", BadRecord),
+        ("Corrupted Riegeli/records file", BadRecord),
+    ],
+)
+def test_a_failing_machine_is_not_a_bad_record(media, tmp_path, monkeypatch, said, kind):
+    from vlmjax.data import array_record
+
+    def failing(*file):
+        raise RuntimeError(said)
+
+    rows = [{"conversations": files.turns("")}]
+    source = open_source(files.write_jsonl(tmp_path / "a.jsonl", rows), media, 0)
+    convert.pack(source, tmp_path / "a.array_record")
+    packed = open_source(f"array_record:{tmp_path}/a.array_record", media, 0)
+    monkeypatch.setattr(array_record, "_reader", failing)
+    with pytest.raises(kind, match=said.partition(";")[0].replace("(", ".").replace(")", ".")):
+        packed[0]
+
+
+def test_packing_leaves_out_what_json_cannot_hold(media, tmp_path):
+    scored = {"type": "image", "image": "in/a.png", "score": float("nan")}
+    rows = [
+        {"id": "good", "conversations": files.turns("")},
+        {"id": "half", "conversations": files.turns("\ud83d")},
+        {"id": "nan", "messages": [_turn("user", [scored]), _turn("assistant", "a")]},
+        {"id": "last", "conversations": files.turns("")},
+    ]
+    source = open_source(files.write_jsonl(tmp_path / "a.jsonl", rows), media, 0)
+    assert convert.pack(source, tmp_path / "a.array_record") == (2, {"malformed": 2})
+    listed = (tmp_path / "a.array_record.errors.jsonl").read_text()
+    assert "record 'half' cannot be written" in listed and "record 'nan' cannot" in listed
+
+
 def test_tfds_and_array_record_without_tensorflow(specs, media):
     code = f"""
 import sys
@@ -227,6 +286,19 @@ print(sorted({"datasets", "pyarrow", "array_record", "tensorflow_datasets"} & se
 def test_bad_specs(spec, message):
     with pytest.raises(ValueError, match=message):
         open_source(spec, ".", 0)
+
+
+def test_a_source_that_is_there_in_part_is_not_absent(tmp_path):
+    """It would be left out whole, and the others trained on, where absent sources are reported."""
+    with tarfile.open(tmp_path / "a-0.tar", "w") as tar:
+        files.add(tar, "k.json")
+    with pytest.raises(
+        ValueError, match="2 of the tar shards of .* are not there, 1 are"
+    ) as caught:
+        open_source(f"tar:{tmp_path}/a-{{0..2}}.tar", ".", 0)
+    assert "a-1.tar" in str(caught.value) and not isinstance(caught.value, AbsentFiles)
+    with pytest.raises(AbsentFiles, match="b-0.tar' is no file and matches none"):
+        open_source(f"tar:{tmp_path}/b-{{0..2}}.tar", ".", 0)
 
 
 @pytest.mark.parametrize("kind", ["parquet", "array_record", "tar"])

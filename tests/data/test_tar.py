@@ -1,6 +1,9 @@
 """Tar shards: grouping, order, and members that must never be followed."""
 
 import json
+import pickle
+import subprocess
+import sys
 import tarfile
 
 import pytest
@@ -146,11 +149,33 @@ def test_shards_that_cannot_be_read_by_offset(tmp_path, damage):
         open_source(f"tar:{tmp_path}/a.tar", tmp_path, 0)
 
 
-def test_many_shards_are_read_by_processes(tmp_path, monkeypatch):
+@pytest.mark.parametrize("size", [-512, -1024])
+def test_members_that_lead_back(tmp_path, size):
+    """Sizes below nothing, with which reading headers would go round for ever or skip members."""
+    shard(tmp_path, *[(f"{k}.json", SAID) for k in range(3)])
+    data = bytearray((tmp_path / "a.tar").read_bytes())
+    second = data.index(b"1.json")
+    header = tarfile.TarInfo("1.json")
+    header.size = size
+    data[second : second + 512] = header.tobuf(tarfile.GNU_FORMAT)
+    (tmp_path / "a.tar").write_bytes(data)
+    with pytest.raises(ValueError, match=f"a.tar.*cannot be read .a member of size {size}"):
+        open_source(f"tar:{tmp_path}/a.tar", tmp_path, 0)
+
+
+def test_many_shards_are_read_by_processes(tmp_path):
     for n in range(3):
         shard(tmp_path, (f"{n}a.txt", b"a"), (f"{n}a.png", RED), ("x.cls", b""), name=f"{n}.tar")
     one = TarSource(f"{tmp_path}/*.tar", tmp_path)
-    monkeypatch.setattr("vlmjax.data.tar.MANY", 2)
-    many = TarSource(f"{tmp_path}/*.tar", tmp_path)
+    script = tmp_path / "open.py"  # that has no guard: whoever imports it opens the shards
+    script.write_text(
+        "import pickle, sys, vlmjax.data.tar as tar\n"
+        "tar.MANY = 2\n"
+        f"source = tar.TarSource({f'{tmp_path}/*.tar'!r}, {str(tmp_path)!r})\n"
+        "sys.stdout.buffer.write(pickle.dumps(source))\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    many = pickle.loads(done.stdout)
     assert one.fingerprint == many.fingerprint and one.ignored == many.ignored
     assert [one[k] for k in range(3)] == [many[k] for k in range(3)] and len(many) == 3

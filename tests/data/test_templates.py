@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vlmjax.data import chat
-from vlmjax.data.templates import TEMPLATES, VICUNA
+from vlmjax.data.templates import CAMBRIAN, INTERNVL, LLAMA_3, TEMPLATES, VICUNA
 from vlmjax.data.tokenizer import SPECIAL_TOKENS, byte_tokenizer
 
 TOKENS = dict(image_token="<|image_pad|>", video_token="<|video_pad|>")
@@ -31,8 +31,29 @@ RENDERED = {
     "phi3": "<s><|user|>\n<|image_pad|>\nWhat is it?<|end|>\n<|assistant|>\nA cat.<|end|>\n"
     "<|user|>\nSure?<|end|>\n<|assistant|>\nYes.<|end|>\n",
     "minicpm": "<s><用户><|image_pad|>\nWhat is it?<AI>A cat.</s><用户>Sure?<AI>Yes.</s>",
-    "cogvlm": "<|begin_of_text|><|image_pad|>Question: What is it? Answer: A cat.<|end_of_text|>"
+    "cogvlm": "<|begin_of_text|><|image_pad|>Question: What is it? Answer: A cat.\n"
     "Question: Sure? Answer: Yes.<|end_of_text|>",
+    "llava_chatml": "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n"
+    "<|image_pad|>\nWhat is it?<|im_end|><|im_start|>assistant\nA cat.<|im_end|>"
+    "<|im_start|>user\nSure?<|im_end|><|im_start|>assistant\nYes.<|im_end|>",
+    "internvl_internlm2": f"<s><|im_start|>system\n{INTERNVL}<|im_end|><|im_start|>user\n"
+    "<|image_pad|>\nWhat is it?<|im_end|><|im_start|>assistant\nA cat.<|im_end|>"
+    "<|im_start|>user\nSure?<|im_end|><|im_start|>assistant\nYes.<|im_end|>",
+    "internvl_phi3": f"<s><|system|>\n{INTERNVL}<|end|><|user|>\n<|image_pad|>\nWhat is it?<|end|>"
+    "<|assistant|>\nA cat.<|end|><|user|>\nSure?<|end|><|assistant|>\nYes.<|end|>",
+    "internvl_zh": "<s><human>: <|image_pad|>\nWhat is it? <bot>: A cat.</s>"
+    "<human>: Sure? <bot>: Yes.</s>",
+    "vila_llama3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+    f"{LLAMA_3}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n<|image_pad|>\nWhat is it?"
+    "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nA cat.<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nSure?<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\nYes.<|end_of_text|>",
+    "cambrian_llama3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>"
+    f"{CAMBRIAN[0]} \n    {CAMBRIAN[1]}\n    {CAMBRIAN[2]} <|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|><|image_pad|>\nWhat is it?<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>A cat.<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>Sure?<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>Yes.<|eot_id|>",
     "glm4": "[gMASK]<sop><|user|>\n<|image_pad|>What is it?<|assistant|>\nA cat."
     "<|user|>\nSure?<|assistant|>\nYes.<|endoftext|>",
 }
@@ -59,7 +80,7 @@ def test_answers_are_trained_with_what_ends_them(name, tokenizer):
     stops = np.flatnonzero(np.diff(trained.astype(int), append=0) == -1) + 1
     said = [tokenizer.decode(found.tokens[a:b]) for a, b in zip(starts, stops, strict=True)]
     assert [text.strip() for text in said] == ["A cat.", "Yes."]
-    if name != "plain":
+    if not name.startswith("plain"):
         assert tokenizer.decode(found.tokens[stops[-1] - 1 : stops[-1]], False) in template.stops
 
 

@@ -8,6 +8,8 @@ from absl import flags
 from absl.testing import flagsaver
 from PIL import Image
 
+from configs import demo as demo_config
+from configs import videollama3
 from vlmjax import main
 from vlmjax.data.demo import TASKS, DemoSource
 from vlmjax.evals import demo, report
@@ -23,6 +25,12 @@ def output(config, workdir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("output")
     demo.run(config, workdir, folder)
     return folder
+
+
+@pytest.mark.parametrize(("module", "found"), [(demo_config, True), (videollama3, False)])
+def test_the_demo_is_told_by_its_sources(module, found):
+    """Also where these are named and grouped."""
+    assert demo.is_demo(module.get_config()) is found
 
 
 def test_the_report_has_every_task(config, output):

@@ -102,7 +102,7 @@ def _vila(**more):
             "num_video_frames": 6,
             **more,
         },
-        template="llava_llama3",
+        template="vila_llama3",
         token="<image>",
         parts={
             "llm": llama,

@@ -5,6 +5,7 @@ on its path and without PyAV (`remote_run.py`).
 """
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -13,16 +14,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torchvision_shim
 from PIL import Image
 from remote_systems import ALL, make_chat
 from safetensors.numpy import load_file, save_file
-from transformers.dynamic_module_utils import get_relative_import_files
+from transformers import dynamic_module_utils
 
 import vlmjax
 from vlmjax import hf
 from vlmjax.generate.decode import score
 from vlmjax.nn import flatten
 
+torchvision_shim.install()  # before transformers looks for torchvision
 QUICK = ("cogvlm2", "sva_in_layers")
 SIZES = ((60, 40), (30, 90), (50, 50))
 NEW = 10
@@ -106,10 +109,30 @@ def test_a_model_without_a_class_in_transformers_carries_its_code(export, capsys
     assert "trust_remote_code=True" in capsys.readouterr().out
 
 
+def test_the_installed_transformers_answers_as_we_do(export, tmp_path, monkeypatch):
+    """`generate` of this version, with a cache, about a picture; the other versions are `long`."""
+    chat, out = export
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
+    load = functools.partial(
+        dynamic_module_utils.get_class_from_dynamic_module, pretrained_model_name_or_path=str(out)
+    )
+    model = load("modeling_vlmjax.VLMJaxForConditionalGeneration").from_pretrained(out).eval()
+    processor = load("processing_vlmjax.VLMJaxProcessor")
+    settings = json.loads((out / "processor_config.json").read_text())
+    inputs = processor(chat.processor.tokenizer.hf, settings["vlmjax"], settings["form"])(
+        messages := _chats(tmp_path)[0]
+    )
+    how = dict(max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0)
+    answer = model.generate(**inputs, **how)[0, inputs["input_ids"].shape[1] :]
+    (ours,) = chat.generator.generate_samples([chat.processor.prompt(messages)], NEW)
+    np.testing.assert_array_equal(answer, ours.tokens)
+
+
 def test_the_loader_of_transformers_finds_every_file(export):
     _, out = export
     starts = ("modeling_vlmjax.py", "processing_vlmjax.py")
-    found = {Path(f).name for s in starts for f in get_relative_import_files(str(out / s))}
+    imports = dynamic_module_utils.get_relative_import_files
+    found = {Path(f).name for s in starts for f in imports(str(out / s))}
     assert found | set(starts) == {name for name in os.listdir(out) if name.endswith(".py")}
 
 

@@ -13,9 +13,12 @@ Layouts:
     "flat"    the tokens as they come: LLaVA-1.5, InternVL, 360VL, VILA, CogVLM2, GLM-4V
     "tiles"   the whole view, then the rows of the map that the tiles form: AnyRes
     "square"  the rows of the one map of a picture that was padded to a square: Cambrian-1
-    "slices"  <image>...</image><slice><image>...</image>...\\n...</slice>\\n: MiniCPM-V
+    "slices"  <image>...</image><slice><image>...</image>...\\n...</slice>: MiniCPM-V
     "numbered" Frame1: <img>...</img>\\nFrame2: <img>...</img>: videos of InternVL
     "frames"  the pooled frames of a video one after another: LLaVA-NeXT-Video
+
+Videos are arranged as a whole by "flat", "numbered" and "frames", by the others frame after frame,
+each as an image.
 
 Adding one: a function (tiling, maps of token numbers, format) -> (i32[n] or pieces, pool), and a
 line in LAYOUTS with what it reads of the format.
@@ -169,7 +172,7 @@ class Format:
 
 
 def arrange(tiling: Tiling | None, grids: Sequence[tuple[int, int]], form: Format) -> Arrangement:
-    """Returns the sequence of one image or video.
+    """Returns the sequence of one image, or of a video whose layout arranges it as a whole.
 
     Args:
       tiling: of the image; a video (layout "frames") needs none.
@@ -177,7 +180,52 @@ def arrange(tiling: Tiling | None, grids: Sequence[tuple[int, int]], form: Forma
         gives them (`Units.grids`); tokens that form no grid, such as learned queries, are (1, n).
       form: a `Format`.
     """
-    maps = units.view_maps(grids)
+    return _arranged(tiling, units.view_maps(grids), form)
+
+
+def arrange_video(tiling: Tiling, groups: Sequence, frames: int, form: Format) -> Arrangement:
+    """Returns the sequence of a video, as a whole or frame after frame.
+
+    Args:
+      tiling: of each frame; they have one size.
+      groups: for each group of sources, the grids of the maps of all frames, see `arrange`.
+      frames: how many there are.
+      form: a `Format`.
+    """
+    maps, start = units.view_maps(sum(groups, ())), 0
+    if LAYOUTS[form.layout].video == "whole":
+        return _arranged(tiling, maps, form)
+    shown = [[] for _ in range(frames)]
+    for grids in groups:
+        share = len(grids) // frames
+        for k, some in enumerate(shown):
+            some += maps[start + k * share : start + (k + 1) * share]
+        start += len(grids)
+    between = [Piece(TEXT, LAYOUTS[form.layout].between)] if LAYOUTS[form.layout].between else []
+    return _in_sequence([_arranged(tiling, some, form) for some in shown], between)
+
+
+def _in_sequence(made, between):
+    """Returns arrangements, all pooled or none, one after another."""
+    pieces, pools, start = [], [], 0
+    for part in made:
+        pieces += between if pieces else []
+        pieces += [_counted(piece, start) for piece in part.pieces]
+        if part.pool is not None:
+            pools.append(part.pool)
+            start += len(part.pool.index)
+    steps = None if made[0].steps is None else np.concatenate([part.steps for part in made])
+    return Arrangement(pieces, units.join(pools) if pools else None, steps)
+
+
+def _counted(piece, start):
+    """Returns a piece whose visual tokens are counted from `start`."""
+    if piece.kind != VISUAL or not start:
+        return piece
+    return Piece(VISUAL, np.where(piece.value >= 0, piece.value + start, piece.value))
+
+
+def _arranged(tiling, maps, form):
     body, pool = LAYOUTS[form.layout].function(tiling, maps, form)
     pieces = body if isinstance(body, list) else [_visual(body, form)]
     if form.control:
@@ -229,6 +277,11 @@ def _unpadded(patches, size, form):
 
 
 def _square(tiling, maps, form):
+    if len(maps) != 1:
+        raise ValueError(
+            f"{len(maps)} token grids: layout 'square' arranges one; take the strategy 'square', "
+            "or layout 'tiles' or 'flat'"
+        )
     (patches,) = maps
     return _rows(_unpadded(patches, tiling.size, form), form), None
 
@@ -259,6 +312,11 @@ def _tiles(tiling, maps, form):
 
 
 def _slices(tiling, maps, form):
+    if len(maps) != len(tiling.views) or tiling.whole != 0:
+        raise ValueError(
+            f"{len(maps)} token grids for {len(tiling.views)} views, whole view {tiling.whole}: "
+            "layout 'slices' needs a grid for each view and the whole view first"
+        )
     opening, closing = Piece(CONTROL, "<image>"), Piece(CONTROL, "</image>")
     views = [[opening, _visual(m.ravel(), form), closing] for m in maps]
     pieces = list(views[0])
@@ -271,7 +329,7 @@ def _slices(tiling, maps, form):
             for view in views[1 + r * columns : 1 + (r + 1) * columns]:
                 pieces += view
         pieces.append(Piece(CONTROL, "</slice>"))
-    return [*pieces, Piece(TEXT, "\n")], None
+    return pieces, None
 
 
 def _numbered(tiling, maps, form):
@@ -307,13 +365,16 @@ def _frames(tiling, maps, form):
 class Layout(NamedTuple):
     """A function, where newlines may stand, and which of READ_BY_SOME it reads of the format.
 
-    `control` are the tokens that it puts in place itself.
+    `control` are the tokens that it puts in place itself. Of a `video` it is given the maps of all
+    frames ("whole"), or those of a frame at a time ("frames"), with the text `between` them.
     """
 
     function: Callable
     newlines: tuple[str, ...] = ("none",)
     reads: tuple[str, ...] = ()
     control: tuple[str, ...] = ()
+    video: str = "frames"
+    between: str = ""
 
 
 def control_of(form: dict) -> tuple[str, ...]:
@@ -324,10 +385,12 @@ def control_of(form: dict) -> tuple[str, ...]:
 
 READ_BY_SOME = ("base", "unpad", "max_tiles", "pool", "stride", "fast_every")
 LAYOUTS = {
-    "flat": Layout(_flat, ("none", "end")),
+    "flat": Layout(_flat, ("none", "end"), video="whole"),
     "tiles": Layout(_tiles, ("none", "row"), ("base", "unpad", "max_tiles", "pool", "stride")),
     "square": Layout(_square, ("none", "row"), ("unpad",)),
-    "slices": Layout(_slices, control=("<image>", "</image>", "<slice>", "</slice>")),
-    "numbered": Layout(_numbered, control=("<img>", "</img>")),
-    "frames": Layout(_frames, ("none", "row", "frame", "end"), ("pool", "stride", "fast_every")),
+    "slices": Layout(_slices, control=("<image>", "</image>", "<slice>", "</slice>"), between="\n"),
+    "numbered": Layout(_numbered, control=("<img>", "</img>"), video="whole"),
+    "frames": Layout(
+        _frames, ("none", "row", "frame", "end"), ("pool", "stride", "fast_every"), video="whole"
+    ),
 }

@@ -272,7 +272,7 @@ def _conversation(messages, template, tokens, grounding, generation):
         return made + ([Piece(CONTROL, template.document, True)] if ends else [])
     if template.system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": template.system}, *messages]
-    for message in messages:
+    for number, message in enumerate(messages, 1):
         role = message["role"]
         if role not in template.turns:
             raise BadRecord(
@@ -283,6 +283,8 @@ def _conversation(messages, template, tokens, grounding, generation):
         before, after = map(template.pieces, template.turns[role])
         content = _content(message, template, tokens, grounding)
         if role == "assistant":
+            if template.last and number == len(messages):
+                after = template.pieces(template.last)
             content = [(*piece, True) for piece in content]
             last = next((k for k, (kind, _) in enumerate(after) if kind == CONTROL), len(after))
             after = [(*piece, k <= last) for k, piece in enumerate(after)]

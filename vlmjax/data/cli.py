@@ -70,7 +70,7 @@ def index(data, budget, workers=0, kept=False):
       workers: see `index.build`.
       kept: decode everything, and count what is left of videos after pruning.
     """
-    how = dict(workers=workers, pixels="decoded" if kept else "blank")
+    how = dict(workers=workers, pixels="decoded" if kept else "blank", stall=data.config.stall)
     if not data.config.index:
         raise ValueError("data.index='' names no folder: give --config.data.index=DIR")
     lines = [f"{name}: not there" for name in data.absent]
@@ -104,7 +104,7 @@ def plan(data, budgets, rows):
     steps, used, slots = Counter(), np.zeros(len(names)), np.zeros(len(names))
     loads, drawn = [], Counter()
     for bucket, packed in tqdm(made, unit=" steps", desc="planning"):
-        sizes = np.array([_taken(made, row, len(names)) for row in packed])
+        sizes = np.array([made.taken(row).sum(0) for row in packed])
         steps[bucket] += 1
         used, slots = used + sizes.sum(0), slots + len(packed) * limits[bucket]
         loads.append(sizes[:, patches].sum(1))
@@ -122,9 +122,3 @@ def plan(data, budgets, rows):
         share, n = drawn[source] / made.total, made.mixture.lengths[source]
         lines.append(f"{name}: {share:.2%} of the draws, {drawn[source] / n:.2f} epochs of {n:,}")
     return "\n".join(lines + [f"{name}: not there" for name in data.absent])
-
-
-def _taken(made, row, width):
-    """Returns what the samples of a row take together."""
-    parts = [made.sizes[source][np.array([record])][0] for source, record in row]
-    return np.sum(parts, 0) if parts else np.zeros(width)

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import math
 import os
 from pathlib import Path
 
@@ -44,6 +45,11 @@ class Ledger:
         ledger.check()  # raises once 119 records of coco are unusable
 
     A record is listed and counted once, also when a resumed run meets it again.
+
+    Attributes:
+      found, repairs: {(source, reason): number of records}, {what was changed: how often}, of
+        `extend` since the run was started: of the rows of this host.
+      elsewhere: the same as `found`, of the other hosts; set it where they have rows of their own.
     """
 
     def __init__(self, folder, sizes, quota=0.001, process=0, role="write"):
@@ -66,6 +72,7 @@ class Ledger:
         folder.mkdir(parents=True, exist_ok=True)
         self.file = folder / f"data_errors{f'.{process}' if process else ''}.jsonl"
         self.sizes, self.quota, self.role = dict(sizes), quota, role
+        self.found, self.elsewhere = collections.Counter(), collections.Counter()
         self.repairs = collections.Counter()
         self.reasons = {}  # source -> {id: reason}
         for file in sorted({self.file, *folder.glob("data_errors*.jsonl")}):
@@ -85,47 +92,49 @@ class Ledger:
         return True
 
     def record(self, source, id, reason, message):
-        """Lists an unusable record of a source by its id; `reason` is a key of `REASONS`."""
-        if not self.count(source, id, reason) or self.role == "count":
-            return
-        entry = {"source": source, "id": id, "reason": reason, "message": message}
-        with open(self.file, "a") as file:
-            file.write(json.dumps(entry) + "\n")
+        """Lists an unusable record of a source by its id, a key of `REASONS`; whether it is new."""
+        new = self.count(source, id, reason)
+        if new and self.role == "write":
+            entry = {"source": source, "id": id, "reason": reason, "message": message}
+            with open(self.file, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+        return new
 
     def extend(self, found, repairs):
-        """Lists several, as `record` takes them; raises if a source exceeds its quota.
+        """Lists several, as `record` takes them.
 
         Args:
           found: unusable records.
           repairs: {what was changed in usable ones: how often}, added up since the run was started.
         """
         self.repairs.update(repairs)
-        for bad in found:
-            self.record(*bad)
-        if found:
-            self.check()
+        for source, id, reason, message in found:
+            self.found[source, reason] += self.record(source, id, reason, message)
 
     def counts(self, source):
-        """Returns {reason: number of records} of a source."""
-        return dict(sorted(collections.Counter(self.reasons.get(source, {}).values()).items()))
+        """Returns {reason: number of records} of a source, on all hosts."""
+        counts = collections.Counter(self.reasons.get(source, {}).values())
+        counts += {r: n for (name, r), n in self.elsewhere.items() if name == source}
+        return dict(sorted(counts.items()))
 
     def metrics(self):
         """Returns {"bad/SOURCE/REASON": number of records, "repaired/WHAT": how often}."""
         return {f"repaired/{what}": number for what, number in sorted(self.repairs.items())} | {
             f"bad/{source}/{reason}": number
-            for source in sorted(self.reasons)
+            for source in sorted(self.sizes.keys() | self.reasons.keys())
             for reason, number in self.counts(source).items()
         }
 
     def check(self):
         """Raises `TooManyBadRecords` if a source exceeds its quota."""
         for source, size in self.sizes.items():
-            bad = self.reasons.get(source, {})
-            if len(bad) <= max(self.quota * size, 1):
+            bad, counts = self.reasons.get(source, {}), self.counts(source)
+            number = sum(counts.values())
+            if math.isinf(size) or number <= max(self.quota * size, 1):
                 continue
-            counts = ", ".join(f"{n} {reason}" for reason, n in self.counts(source).items())
+            counts = ", ".join(f"{n} {reason}" for reason, n in counts.items())
             raise TooManyBadRecords(
-                f"{len(bad)} of the {size} records of source {source!r} cannot be used ({counts}), "
+                f"{number} of the {size} records of source {source!r} cannot be used ({counts}), "
                 f"the quota is {self.quota:g} of them or 1: the first are "
                 f"{', '.join(map(repr, list(bad)[:5]))}, all with their messages are in "
                 f"{self.file}. Repair or remove them, or raise data.quota"

@@ -10,26 +10,32 @@ and pruned, which takes as long as an epoch of loading and fills rows as far as 
 record that cannot be used is listed with the reason, and no plan has it.
 
 A folder holds sizes.npy, reasons.npy (0 = usable, else the number of a reason), bad.jsonl and
-index.json, which says what the sizes are of. An interrupted pass goes on where it was.
+index.json, which says what the sizes are of, with a digest once all are there. An interrupted pass
+goes on where it was; a finished index is made once more for the records whose media were at fault.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-import multiprocessing
-from concurrent import futures
+import os
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from vlmjax.data.health import REASONS, BadRecord
+from vlmjax.data.loading import load
 from vlmjax.data.pack import check_fits
 
-CHUNK = 512  # records that a worker measures at a time
-PIXELS = ("blank", "decoded")
+# What is measured, and how many records a worker does at a time: of these the parent hears nothing
+# for as long as they take, and does not know which of them has killed the worker.
+CHUNK = {"blank": 128, "decoded": 1}
+PIXELS = tuple(CHUNK)
 _NAMES = tuple(REASONS)
 _PENDING = 255  # in reasons.npy
+# Media are files of their own, which may be repaired: these are looked at again.
+_OF_MEDIA = ("missing_file", "damaged_media", "hostile_media", "outside_root")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,24 +89,37 @@ def open_index(folder, wanted):
       wanted: of `identity`; lengths of decoded records serve as well as of blank ones.
     """
     folder = Path(folder)
-    how = "make it with `python -m vlmjax.main data index` and the same config"
     if not (folder / "index.json").is_file():
-        raise ValueError(f"there is no length index in {folder}: {how}")
-    found = json.loads((folder / "index.json").read_text())
+        raise ValueError(f"there is no length index in {folder}: {_HOW}")
+    found, _ = _state(folder, wanted)
+    reasons = np.load(folder / "reasons.npy")
+    if "digest" not in found:
+        left = int((reasons == _PENDING).sum())
+        raise ValueError(f"the length index in {folder} lacks {left} records still: {_HOW}")
+    usable = np.flatnonzero(reasons == 0)
+    return Index(folder, open_sizes(folder), reasons, usable, found["digest"])
+
+
+_HOW = "make it with `python -m vlmjax.main data index` and the same config"
+
+
+def _state(folder, wanted):
+    """Returns (index.json, its identity); ValueError where that is not the one that is wanted."""
+    try:
+        found = json.loads((folder / "index.json").read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{folder / 'index.json'} is damaged ({error}): remove {folder} and {_HOW}"
+        ) from error
     if wanted["pixels"] == "blank":
         wanted = wanted | {"pixels": found["identity"]["pixels"]}
     other = [name for name, value in wanted.items() if found["identity"].get(name) != value]
     if other:
         raise ValueError(
-            f"the length index in {folder} was made with another {', '.join(other)}: {how}, in "
+            f"the length index in {folder} was made with another {', '.join(other)}: {_HOW}, in "
             "another folder or after removing this one"
         )
-    reasons = np.load(folder / "reasons.npy")
-    if (reasons == _PENDING).any():
-        left = int((reasons == _PENDING).sum())
-        raise ValueError(f"the length index in {folder} lacks {left} records still: {how}")
-    usable = np.flatnonzero(reasons == 0)
-    return Index(folder, open_sizes(folder), reasons, usable, found["digest"])
+    return found, wanted
 
 
 def open_sizes(folder):
@@ -108,7 +127,7 @@ def open_sizes(folder):
     return np.load(Path(folder) / "sizes.npy", mmap_mode="r")
 
 
-def build(source, processor, budget, folder, *, workers=0, pixels="blank", say=None):
+def build(source, processor, budget, folder, *, workers=0, pixels="blank", stall=300.0, say=None):
     """Measures every record that `folder` does not have yet; returns its `Index`.
 
     Args:
@@ -118,6 +137,7 @@ def build(source, processor, budget, folder, *, workers=0, pixels="blank", say=N
       folder: made when absent.
       workers: processes; 0 = in this one.
       pixels: "blank" or "decoded".
+      stall: seconds after which a worker that has measured nothing counts as lost.
       say: name in the progress bar; None = no bar.
     """
     if pixels not in PIXELS:
@@ -126,31 +146,55 @@ def build(source, processor, budget, folder, *, workers=0, pixels="blank", say=N
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "index.json").is_file():
         _begin(folder, wanted, len(budget.limits))
-    found = json.loads((folder / "index.json").read_text())["identity"]
-    if found != wanted:
-        open_index(folder, wanted)  # says what differs
+    found, wanted = _state(folder, wanted)
     sizes = np.load(folder / "sizes.npy", mmap_mode="r+")
     reasons = np.load(folder / "reasons.npy", mmap_mode="r+")
-    chunks = [
-        range(k, min(k + CHUNK, len(reasons)))
-        for k in range(0, len(reasons), CHUNK)
-        if (reasons[k : k + CHUNK] == _PENDING).any()
-    ]
-    work = (source, processor, budget, pixels)
+    done = "digest" in found
+    again = [1 + _NAMES.index(reason) for reason in _OF_MEDIA]
+    due = np.isin(reasons, again) if done else reasons == _PENDING
+    chunks = _chunks(due, CHUNK[wanted["pixels"]])
+    measured = load(
+        _Measured(source, processor, budget, wanted["pixels"]),
+        keys=chunks,
+        workers=workers,
+        ahead=max(4 * workers, 1),
+        stall=stall,
+    )
+    _end_line(folder / "bad.jsonl")
     with (
+        contextlib.closing(measured),
         open(folder / "bad.jsonl", "a") as bad,
         tqdm(total=sum(map(len, chunks)), unit=" records", desc=say, disable=say is None) as bar,
     ):
-        for chunk, (rows, why, errors) in _measured(work, chunks, workers):
+        for chunk, (rows, why, errors) in zip(chunks, measured, strict=True):
+            bar.update(len(chunk))
+            at = list(chunk)
+            if done and (why == reasons[at]).all():
+                continue
+            if done:  # until it is finished anew nobody may take it for what the digest says
+                _replace(folder / "index.json", json.dumps({"identity": wanted}, indent=1))
+                done = False
             bad.writelines(json.dumps(error) + "\n" for error in errors)
             bad.flush()
-            sizes[chunk.start : chunk.stop] = rows
+            sizes[at] = rows
             sizes.flush()
-            reasons[chunk.start : chunk.stop] = why  # last: a chunk counts when this is written
+            reasons[at] = why  # last: a chunk counts when this is written
             reasons.flush()
-            bar.update(len(chunk))
-    _finish(folder, wanted, sizes, reasons)
+    if not done:
+        _finish(folder, wanted, sizes, reasons)
     return open_index(folder, wanted)
+
+
+def _chunks(due, size):
+    """Returns the numbers of records that are due, those of one chunk in each."""
+    numbers = np.flatnonzero(due)
+    cuts = np.flatnonzero(np.diff(numbers // size)) + 1
+    chunks = [tuple(part.tolist()) for part in np.split(numbers, cuts) if len(part)]
+    whole = [range(chunk[0], chunk[-1] + 1) for chunk in chunks]  # as short as messages want it
+    return [
+        each if len(each) == len(chunk) else chunk
+        for each, chunk in zip(whole, chunks, strict=True)
+    ]
 
 
 def _begin(folder, wanted, width):
@@ -158,47 +202,44 @@ def _begin(folder, wanted, width):
     np.lib.format.open_memmap(folder / "sizes.npy", "w+", np.int32, (n, width)).flush()
     np.save(folder / "reasons.npy", np.full(n, _PENDING, np.uint8))
     (folder / "bad.jsonl").write_text("")
-    (folder / "index.json").write_text(json.dumps({"identity": wanted}, indent=1))
+    _replace(folder / "index.json", json.dumps({"identity": wanted}, indent=1))
 
 
 def _finish(folder, wanted, sizes, reasons):
-    """Sorts bad.jsonl (a killed pass may have listed a chunk twice) and writes the digest."""
+    """Sorts bad.jsonl (a chunk may have been listed twice, or is good now); writes the digest."""
     listed = (folder / "bad.jsonl").read_text().splitlines(keepends=True)
     lines = {json.loads(line)["record"]: line for line in listed}
-    (folder / "bad.jsonl").write_text("".join(lines[k] for k in sorted(lines)))
+    _replace(folder / "bad.jsonl", "".join(lines[k] for k in sorted(lines) if reasons[k]))
     made = hashlib.sha256(wanted["source"].encode())
     for k in range(0, len(reasons), 1 << 20):
         made.update(sizes[k : k + (1 << 20)].tobytes())
         made.update(reasons[k : k + (1 << 20)].tobytes())
     done = {"identity": wanted, "digest": made.hexdigest()[:16]}
-    (folder / "index.json").write_text(json.dumps(done, indent=1))
+    _replace(folder / "index.json", json.dumps(done, indent=1))
 
 
-def _measured(work, chunks, workers):
-    """Yields (chunk, what `_measure` returns), in any order."""
-    if not workers:
-        yield from ((chunk, _measure(*work, chunk)) for chunk in chunks)
-        return
-    spawn = multiprocessing.get_context("spawn")
-    with futures.ProcessPoolExecutor(workers, spawn, _set_work, (work,)) as pool:
-        made = {pool.submit(_measure_here, chunk): chunk for chunk in chunks}
-        try:
-            for future in futures.as_completed(made):
-                yield made.pop(future), future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+def _replace(file, text):
+    """Writes a file that is whole at any moment."""
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(text)
+    os.replace(part, file)
 
 
-_work = None  # of a worker process
+def _end_line(file):
+    """Cuts off the line that a killed process has begun; its chunk is measured again."""
+    content = file.read_bytes()
+    if not content.endswith(b"\n"):
+        os.truncate(file, content.rfind(b"\n") + 1)
 
 
-def _set_work(work):
-    global _work
-    _work = work
+class _Measured:
+    """Chunks as they are measured, for workers."""
 
+    def __init__(self, *work):
+        self.work = work
 
-def _measure_here(chunk):
-    return _measure(*_work, chunk)
+    def __getitem__(self, chunk):
+        return _measure(*self.work, chunk)
 
 
 def _measure(source, processor, budget, pixels, chunk):

@@ -15,6 +15,7 @@ import mmap
 import os
 import pickle
 import queue
+import resource
 import signal
 import subprocess
 import sys
@@ -282,6 +283,9 @@ def serve(connection, setup, stacks):
     """
     faulthandler.enable(stacks)
     faulthandler.register(signal.SIGUSR1, stacks)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most != resource.RLIM_INFINITY:  # sources may have thousands of shards
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     connection, rows = Connection(connection), None
     while True:
         try:

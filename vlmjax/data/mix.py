@@ -8,6 +8,8 @@ plan, reader, identity, indices = planned(data, budgets, rows)      # or from le
 import dataclasses
 import hashlib
 import json
+import math
+import numbers
 import re
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from vlmjax.data.plan import BALANCE, VERSION, Plan
 from vlmjax.data.reader import Reader
 from vlmjax.data.shards import AbsentFiles
 from vlmjax.data.sources import open_source
+
+NUMPY = ".".join(np.__version__.split(".")[:2])  # which may draw other numbers from one seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +51,7 @@ class SourceConfig:
 
     def __post_init__(self):
         given = [k for k in ("weight", "epochs", "group") if getattr(self, k)]
-        if len(given) != 1 or self.weight < 0 or self.epochs < 0 or self.cap < 0:
+        if len(given) != 1 or not all(map(_amount, (self.weight, self.epochs, self.cap))):
             raise ValueError(
                 f"source {self.spec!r} has weight={self.weight}, epochs={self.epochs}, "
                 f"group={self.group!r}, cap={self.cap}: give one of the first three, above 0"
@@ -122,6 +126,13 @@ class DataConfig:
                 raise ValueError(
                     f"data.{name}={getattr(self, name)!r} is unknown; choose one of {known}"
                 )
+        if not _amount(self.epochs) or self.epochs and not self.index:
+            raise ValueError(
+                f"data.epochs={self.epochs} with data.index={self.index!r}: give a number above 0 "
+                "with an index, where the end is known, or 0 for a run without end"
+            )
+        if not all(_amount(weight) and weight for _, weight in self.groups):
+            raise ValueError(f"data.groups={self.groups}: give each a name and a weight above 0")
         if not self.sources:
             raise ValueError("data.sources is empty; name at least one, (('json:FILE', 1.0),)")
         named = [s.name for s in self.mixed]
@@ -142,6 +153,11 @@ class DataConfig:
         return tuple(map(_source, self.sources))
 
 
+def _amount(value):
+    """Whether a value is a number that something can be drawn by: 0 or more, and finite."""
+    return isinstance(value, numbers.Real) and math.isfinite(value) and value >= 0
+
+
 def _wrong(budget, first):
     """Whether a budget has neither two nor four numbers, the last that of the first budget."""
     if not isinstance(budget, (tuple, list)) or len(budget) not in (2, 4):
@@ -151,6 +167,11 @@ def _wrong(budget, first):
 
 def _source(entry):
     if not isinstance(entry, dict):
+        if not isinstance(entry, (tuple, list)) or len(entry) != 2:
+            raise ValueError(
+                f"data.sources has {entry!r}: a source is ('KIND:WHERE', weight) or the settings "
+                "of a SourceConfig; add what is missing"
+            )
         spec, weight = entry
         return SourceConfig(spec, weight=weight)
     known = {f.name for f in dataclasses.fields(SourceConfig)}
@@ -212,6 +233,7 @@ def open_data(config, make_processor, seed):
             continue
         if s.processor not in made:
             made[s.processor] = make_processor(dict(s.processor))
+            _check_processor(s, made[s.processor], config.budget)
     if absent and (config.absent == "error" or not opened):
         raise ValueError(
             f"{len(absent)} of {len(config.mixed)} sources are not there:\n  "
@@ -221,6 +243,24 @@ def open_data(config, make_processor, seed):
     mixed, sources = zip(*opened, strict=True)
     processors = tuple(made[s.processor] for s in mixed)
     return Data(config, seed, mixed, sources, processors, tuple(absent))
+
+
+def _check_processor(source, processor, budget):
+    """Patches in native size must be those of the model, their windows not larger than its units.
+
+    Models that see pictures in another way bring their own size; a processor of tests has no model.
+    """
+    settings, form = processor.config, processor.form
+    if settings.picture is not None or form is None or not form.towers[0].patch:
+        return
+    side, group = max(settings.image_merge, settings.video_merge), np.min(budget[-1])
+    if settings.patch != form.towers[0].patch or side**2 > group:
+        raise ValueError(
+            f"source {source.name!r} is processed with patch={settings.patch}, image_merge="
+            f"{settings.image_merge}, video_merge={settings.video_merge}; the model has patch="
+            f"{form.towers[0].patch} and data.budget at most {group} patches of a visual token: "
+            "correct the processor, or the last number of data.budget"
+        )
 
 
 def weights(data, counts):
@@ -245,7 +285,8 @@ def _chosen(data, k, usable):
     if not cap or not hasattr(source, "__len__"):
         return usable
     usable = np.arange(len(source)) if usable is None else usable
-    return np.sort(usable[permuted(np.arange(min(cap, len(usable))), len(usable), (data.seed, 0))])
+    kept = permuted(np.arange(min(cap, len(usable))), len(usable), [(data.seed, 0)])
+    return np.sort(usable[kept])
 
 
 def _mixture(data, records):
@@ -265,7 +306,7 @@ def streamed(data):
     """Returns (Mixture, Reader, identity) of data that are packed as they come."""
     records = [_chosen(data, k, None) for k in range(len(data.sources))]
     mixture, reader, shares = _mixture(data, records)
-    identity = {"packing": "stream", "seed": data.seed} | {
+    identity = {"packing": "stream", "seed": data.seed, "numpy": NUMPY} | {
         f"source {s.name}": [source.fingerprint, weight, s.cap]
         for s, source, weight in zip(data.mixed, data.sources, shares, strict=True)
     }
@@ -309,6 +350,7 @@ def planned(data, budgets, rows):
     identity = {
         "packing": f"plan {VERSION}",
         "seed": data.seed,
+        "numpy": NUMPY,
         "rows": rows,
         "budgets": [list(b.limits) for b in budgets],
         "window": config.window,

@@ -70,11 +70,9 @@ class Mixture:
         n, ranks = self.lengths[source], np.asarray(ranks, np.int64)
         if n is None:
             return ranks
-        found = np.empty_like(ranks)
-        for epoch in np.unique(ranks // n):
-            at = ranks // n == epoch
-            found[at] = permuted(ranks[at] % n, n, (self.seed, 1 + source, int(epoch)))
-        return found
+        epochs, which = np.unique(ranks // n, return_inverse=True)
+        seeds = [(self.seed, 1 + source, int(epoch)) for epoch in epochs]
+        return permuted(ranks % n, n, seeds, which)
 
     def record(self, source, rank):
         """Returns the record of one draw of a source; those of a thousand are found together."""
@@ -108,8 +106,8 @@ class Mixture:
         return high
 
 
-def permuted(i, n, seed):
-    """Returns i64: where a permutation of range(n) sends each of `i`, without ever making it.
+def permuted(i, n, seeds, which=0):
+    """Returns i64: where permutations of range(n) send each of `i`, without ever making one.
 
     A Feistel network over the next power of four (as in format-preserving encryption); what falls
     outside is sent on until it falls inside.
@@ -117,17 +115,22 @@ def permuted(i, n, seed):
     Args:
       i: i64 array of numbers below n.
       n: at least 1.
-      seed: tuple of ints, of the permutation.
+      seeds: tuples of ints, one for each permutation.
+      which: of the permutations, for each of `i`.
     """
+    if n == 1:
+        return np.zeros(np.shape(i), np.int64)
     half = max((int(n - 1).bit_length() + 1) // 2, 1)
     mask = np.uint64((1 << half) - 1)
-    keys = np.random.default_rng(seed).integers(0, 1 << 62, 8, dtype=np.uint64)
+    keys = [np.random.default_rng(seed).integers(0, 1 << 62, 8, dtype=np.uint64) for seed in seeds]
+    keys = np.reshape(keys, (-1, 8)).T
     x = np.asarray(i, np.uint64).copy()
+    which = np.broadcast_to(which, x.shape)
     out = np.ones(x.shape, bool)
     while out.any():
-        left, right = x[out] >> np.uint64(half), x[out] & mask
+        left, right, chosen = x[out] >> np.uint64(half), x[out] & mask, which[out]
         for key in keys:
-            mixed = (right + key) * np.uint64(0x9E3779B97F4A7C15)
+            mixed = (right + key[chosen]) * np.uint64(0x9E3779B97F4A7C15)
             mixed ^= mixed >> np.uint64(29)
             mixed *= np.uint64(0xBF58476D1CE4E5B9)
             left, right = right, left ^ (mixed >> np.uint64(64 - half))

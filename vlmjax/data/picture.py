@@ -17,7 +17,7 @@ import numpy as np
 
 from vlmjax import batch
 from vlmjax.data import units
-from vlmjax.data.arrange import Arrangement, Format, arrange
+from vlmjax.data.arrange import Arrangement, Format, arrange, arrange_video
 from vlmjax.data.coords import COORDS
 from vlmjax.data.resize import blank, blank_rows, is_blank, patch_rows
 from vlmjax.data.sample import Item, Placement, group_bases, number_tokens
@@ -115,10 +115,13 @@ class Show:
             self._units(k, [t[e] for t in tilings], items[e], video)
             for k, e in enumerate(self.form.encoders)
         ]
-        grids = sum((found[sources[0]].grids for sources, _ in self.form.groups), ())
-        form = self.frame_format if video else self.format
-        tiling = None if form.layout == "frames" else tilings[0][0]
-        return Seen(sum(items, []), found, arrange(tiling, grids, form))
+        groups = [found[sources[0]].grids for sources, _ in self.form.groups]
+        tiling = tilings[0][0]
+        if video:
+            made = arrange_video(tiling, groups, len(tilings), self.frame_format)
+        else:
+            made = arrange(tiling, sum(groups, ()), self.format)
+        return Seen(sum(items, []), found, made)
 
     def _item(self, encoder, view):
         tower = self.form.towers[encoder]

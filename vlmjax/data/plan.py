@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 BALANCE = ("step", "none")
-VERSION = 1  # of the rules below: other rows for the same lengths need another number
+VERSION = 2  # of the rules below: other rows for the same lengths need another number
 
 
 class Step(NamedTuple):
@@ -132,7 +132,7 @@ class Plan:
         start, stop = mark.window * self.window, (mark.window + 1) * self.window
         last = self.total is not None and stop >= self.total
         draws = self.mixture.draws(start, stop if self.total is None else min(stop, self.total))
-        sizes = self._sizes(draws)
+        sizes = self.taken(draws)
         rng = np.random.default_rng((self.mixture.seed, 2**20, mark.window))
         rows, texts = self._pack(sizes, rng)
         if last and (short := -(len(begun) + len(rows)) % self.rows):
@@ -150,7 +150,8 @@ class Plan:
             origin = mark
         return _Window(mark, before, steps, begun + [draws[row] for row in rest], origin)
 
-    def _sizes(self, draws):
+    def taken(self, draws):
+        """Returns i64[n, sizes]: what the sample of each (source, record) takes of a row."""
         found = np.zeros((len(draws), len(self.limits[0])), np.int64)
         for source in np.unique(draws[:, 0]):
             at = draws[:, 0] == source
@@ -213,7 +214,7 @@ def best_fit(shares):
     for i in np.argsort(-shares.max(1, initial=0), kind="stable"):
         share = shares[i]
         after = taken[:, :used] + share[:, None]
-        score = weights @ after
+        score = (weights[:, None] * after).sum(0)  # `@` rounds as the BLAS of the machine does
         score[after.max(0, initial=0) > 1 + 1e-9] = -1  # a slot is more than that
         row = int(score.argmax()) if used else 0
         if not used or score[row] < 0:

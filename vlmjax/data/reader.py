@@ -90,10 +90,12 @@ class PlannedRows:
         step, row = divmod(n, len(self.local))
         mark, (bucket, rows) = self.plan.mark(step), self.plan[step]
         budget, samples, bad = self.budgets[bucket], [], []
-        for source, record in rows[self.local[row]]:
+        planned = self.plan.taken(rows[self.local[row]])
+        spare = np.array(budget.limits) - planned.sum(0)
+        for (source, record), room in zip(rows[self.local[row]], planned, strict=True):
             try:
                 sample = self.reader(source, record)
-                check_fits(sample, budget)
+                spare = _spared(sample, check_fits(sample, budget), room, spare)
                 samples.append(sample)
             except BadRecord as error:
                 where = self.reader.names[source], self.reader.id(source, record)
@@ -108,6 +110,19 @@ class PlannedRows:
             repairs_of(samples),
             mark,
         )
+
+
+def _spared(sample, sizes, planned, spare):
+    """Returns the slots of a row that are left beside what is planned; BadRecord if too few."""
+    left = spare - np.maximum(np.array(sizes) - planned, 0)
+    if (left < 0).any():
+        raise BadRecord(
+            "too_long",
+            f"record {sample.id!r} takes {sizes} slots where its length index says "
+            f"{tuple(planned.tolist())}, and its row has no room for more: its media have changed, "
+            "make the index in another folder",
+        )
+    return left
 
 
 def repairs_of(samples):

@@ -19,7 +19,11 @@ _LENGTH = 4
 
 
 def encode(record):
-    """Returns the bytes of a record whose media are paths or bytes of files."""
+    """Returns the bytes of a record whose media are paths or bytes of files.
+
+    Raises:
+      BadRecord: what it holds has no place in UTF-8 or JSON, or a medium is not there.
+    """
     blobs, places = [], {}
 
     def medium(source):
@@ -38,7 +42,12 @@ def encode(record):
     messages = [_changed(message, medium) for message in record["messages"]]
     header = {"record": {**record, "messages": messages}}
     header["blobs"] = [len(data) for data in blobs]
-    text = json.dumps(header, ensure_ascii=False, allow_nan=False).encode()
+    try:
+        text = json.dumps(header, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, TypeError, RecursionError) as error:  # half an emoji, NaN, a date
+        raise BadRecord(
+            "malformed", f"record {record['id']!r} cannot be written as JSON ({error}): repair it"
+        ) from error
     return b"".join([len(text).to_bytes(_LENGTH, "little"), text, *blobs])
 
 
@@ -55,7 +64,7 @@ def decode(data):
         if start != len(data):
             raise ValueError(f"{len(data) - start} bytes too many")
         record = header["record"]
-        messages = [_changed(m, lambda part: blobs[part["blob"]]) for m in record["messages"]]
+        messages = [_changed(m, lambda value: blobs[value["blob"]]) for m in record["messages"]]
         return {**record, "messages": messages}
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise BadRecord("malformed", f"bytes are no record of ours ({error})") from error

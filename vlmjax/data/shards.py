@@ -12,7 +12,7 @@ _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
 class AbsentFiles(ValueError):
-    """What a source is made of is not there."""
+    """Nothing of what a source is made of is there."""
 
 
 def expand(pattern, what):
@@ -23,18 +23,28 @@ def expand(pattern, what):
     Args:
       pattern: str.
       what: the files' kind for messages.
+
+    Raises:
+      AbsentFiles: none of them is there; ValueError where only some are.
     """
     if "://" in pattern:
         raise ValueError(f"{what} {pattern!r} is a URL, only local files are read: download it")
     pieces = _BRACES.split(pattern)  # text, inside of braces, text, ...
     choices = [_choices(piece) if k % 2 else [piece] for k, piece in enumerate(pieces)]
-    files = []
+    files, missing = [], []
     for option in map("".join, itertools.product(*choices)):
         found = [option] if Path(option).is_file() else sorted(glob.glob(option))
         found = [file for file in found if Path(file).is_file()]
-        if not found:
-            raise AbsentFiles(f"{what} {option!r} is no file and matches none: correct the pattern")
         files += found
+        if not found:
+            missing.append(option)
+    if missing and not files:
+        raise AbsentFiles(f"{what} {missing[0]!r} is no file and matches none: correct the pattern")
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of the {what}s of {pattern!r} are not there, {len(files)} are: fetch "
+            f"them or correct the pattern. Missing are {missing[:20]}"
+        )
     return files
 
 

@@ -19,6 +19,8 @@ from vlmjax.data.pack import Stats, check_fits, first_fit, fits, pack
 from vlmjax.data.reader import Bad, PlannedRows, join_rows, repairs_of
 from vlmjax.data.sample import Sample
 
+PLENTY = 1.25  # of what a batch takes has to wait, in one dimension, before rows are filled
+
 
 class Position(NamedTuple):
     """Where a stream stands after a step.
@@ -92,6 +94,20 @@ def choose_bucket(sizes, budgets, rows, urgent=False):
     return max((o for o in options if o[1][0] is not None or not urgent), key=used)
 
 
+class NoGoodRecord(ValueError):
+    """So many records of a source in a row cannot be used that no good one is looked for.
+
+    Attributes:
+      bad: the `Bad` records since the last batch.
+    """
+
+    def __init__(self, bad):
+        super().__init__(
+            f"no record of source {bad[-1].source!r} can be used; the last one: {bad[-1].message}"
+        )
+        self.bad = bad
+
+
 class ReadSamples:
     """rows[source, rank] -> (Sample, its sizes), or `Bad`; picklable, for `loading.load`."""
 
@@ -121,8 +137,8 @@ class Draws:
       skipped: for each source the records that could not be used so far.
     """
 
-    def __init__(self, mixture, reader, budgets, position, unusable, **how):
-        self.rows, self.unusable = ReadSamples(mixture, reader, budgets), unusable
+    def __init__(self, mixture, reader, budgets, position, quota, **how):
+        self.rows, self.quota = ReadSamples(mixture, reader, budgets), quota
         self.largest = np.maximum(np.max([budget.limits for budget in budgets], 0), 1)
         self.pool, self.following = position.pool, position.next
         self.skipped = list(position.skipped or [0] * len(mixture.lengths))
@@ -144,19 +160,21 @@ class Draws:
         return [self._waiting(*entry, made) for entry, made in found if made is not None]
 
     def take(self):
-        """Returns the `Waiting` of the next draw; ValueError if its source has no good record."""
+        """Returns the `Waiting` of the next draw, or raises `NoGoodRecord`.
+
+        It is looked for until more are bad than the quota allows; where it allows any number, until
+        the end of the next epoch, by when each record has come.
+        """
         draw, mixture = self.following, self.rows.mixture
         source, rank = map(int, mixture.ranks(draw, draw + 1)[0])
-        rank, self.following, tried = rank + self.skipped[source], draw + 1, 1
-        made = self._next((source, rank))
+        rank, self.following, tried = rank + self.skipped[source], draw + 1, set()
+        made, length = self._next((source, rank)), mixture.lengths[source] or np.inf
+        last = rank + 2 * length
         while made is None:
-            # A good record will come: at the latest at the end of the next epoch.
-            if tried == 2 * (mixture.lengths[source] or 0):
-                bad = self.bad[-1]
-                raise ValueError(
-                    f"no record of source {bad.source!r} can be used; the last one: {bad.message}"
-                )
-            tried, rank = tried + 1, rank + 1
+            tried.add(self.bad[-1].id)
+            rank += 1
+            if rank == last or len(tried) > max(self.quota * length, 1):
+                raise NoGoodRecord(self.pop_bad())
             self.skipped[source] += 1
             made = self._usable(source, rank)
         return self._waiting(draw, source, rank, made)
@@ -170,8 +188,6 @@ class Draws:
         made = self.rows[source, rank] if made is None else made
         if not isinstance(made, Bad):
             return made
-        if self.unusable == "raise":
-            raise ValueError(f"record {made.id!r} of {made.source!r}: {made.message}")
         self.bad.append(made)
         return None
 
@@ -197,13 +213,14 @@ def packed_batches(
     form,
     normalisation,
     position=None,
-    unusable="raise",
+    quota=1.0,
     **how,
 ):
     """Yields `PackedBatch` without end.
 
-    The pool holds `pool` samples; with several buckets it may hold up to eight times as many when
-    the rest has no media, which takes hardly any memory, since a text-only batch needs many. Every
+    The pool holds `pool` samples, or more where these are too short to fill a batch; with several
+    buckets it may hold up to eight times as many when the rest has no media, which takes hardly any
+    memory, since a text-only batch needs many. Every
     step chooses a bucket (`choose_bucket`) and fills its rows from the pool: first what has waited
     too long, so nothing starves; then what fits fewer buckets than the others; then the largest.
     Nothing is lost: what does not fit waits. All of it is a function of the pool, so a `Position`
@@ -214,22 +231,28 @@ def packed_batches(
       reader: (source, record) -> Sample, a `Reader`.
       budgets: a `Budget` for each bucket; a sample has to fit at least one of them.
       rows: B.
-      pool: samples to look ahead, at least what a batch holds.
+      pool: samples to look ahead.
       form: the `Form` of the model's batches.
       normalisation: see `pack`.
       position: `Position` to resume from.
-      unusable: "raise" for a record that cannot be used, or "replace" it by the next of its source,
-        whose later draws all move up: every other record comes once an epoch as before.
+      quota: share of a source's records that may be unusable. Such a record is replaced by the next
+        of its source, whose later draws all move up: every other comes once an epoch as before.
       how: `workers`, `ahead` (samples) and `stall` of `loading.load`.
     """
     reach = pool if len(budgets) == 1 else 8 * pool
-    draws = Draws(mixture, reader, budgets, position or Position(), unusable, **how)
+    largest = np.max([budget.limits for budget in budgets], 0)
+    plenty = np.where(largest > 0, np.ceil(PLENTY * rows * largest), np.inf)
+    draws = Draws(mixture, reader, budgets, position or Position(), quota, **how)
     with contextlib.closing(draws.made):
         waiting = draws.waiting()
         while True:
-            while len(waiting) < reach and sum(w.sizes[1] > 0 for w in waiting) < pool:
+            filled = sum((w.sizes for w in waiting), np.zeros(len(largest), np.int64))
+            media = sum(w.sizes[1] > 0 for w in waiting)
+            while (len(waiting) < reach and media < pool) or (filled < plenty).all():
                 waiting.append(draws.take())
-            late = draws.following - 4 * reach
+                filled = filled + waiting[-1].sizes
+                media += waiting[-1].sizes[1] > 0
+            late = draws.following - 4 * max(reach, len(waiting))
             waiting.sort(key=lambda w: (w.draw >= late, w.order))
             sizes = [w.sizes for w in waiting]
             bucket, places = choose_bucket(sizes, budgets, rows, urgent=waiting[0].draw < late)

@@ -10,14 +10,13 @@ BadRecord, whoever follows it elsewhere. Files without a key or of a kind that i
 out and counted in `ignored`.
 """
 
+import contextlib
 import hashlib
-import multiprocessing
 import os
 import posixpath
 import re
 import tarfile
 from collections import Counter
-from concurrent import futures
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -25,6 +24,7 @@ from tqdm import tqdm
 
 from vlmjax.data import rows
 from vlmjax.data.health import BadRecord
+from vlmjax.data.loading import load
 from vlmjax.data.shards import expand, read_span
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
@@ -35,6 +35,8 @@ _BAD = KINDS.index("bad")
 _KEY = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")  # up to the first dot of the file's name
 _DIGITS = re.compile(r"(\d+)")
 MANY = 16  # shards, from which on processes are worth their start
+PROCESSES = 16  # at most; reading headers is waiting for a file system
+STALL = 1800.0  # seconds after which a shard that is not read to its end counts as lost
 
 
 class TarSource:
@@ -138,13 +140,27 @@ def _captioned(text, media, name):
 
 
 def _indexed(files):
-    """Yields what `_samples` returns of each shard; of many, read by a process for each core."""
+    """Yields what `_samples` returns of each shard; of many, read by several processes."""
     if len(files) < MANY:
         yield from map(_samples, files)
         return
-    spawn = multiprocessing.get_context("spawn")
-    with futures.ProcessPoolExecutor(min(os.cpu_count(), len(files)), spawn) as pool:
-        yield from tqdm(pool.map(_samples, files), "headers", len(files), unit=" shards")
+    workers = min(PROCESSES, len(files), _cores())
+    with contextlib.closing(
+        load(_Headers(), keys=files, workers=workers, ahead=2 * workers, stall=STALL)
+    ) as found:
+        yield from tqdm(found, "headers", len(files), unit=" shards")
+
+
+def _cores():
+    """Returns how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+class _Headers:
+    """What is in shards, by their paths, for workers."""
+
+    def __getitem__(self, file):
+        return _samples(file)
 
 
 def _samples(file):
@@ -153,8 +169,12 @@ def _samples(file):
     found = hashlib.sha256(f"{os.path.basename(file)}\0{os.path.getsize(file)}\0".encode())
     try:
         with tarfile.open(file, "r:") as shard:
+            last = -1
             while (member := shard.next()) is not None:
                 shard.members.clear()  # it keeps them all
+                if member.size < 0 or member.offset <= last:  # as headers can say, without end
+                    raise tarfile.ReadError(f"a member of size {member.size} that leads back")
+                last = member.offset
                 place = (member.offset_data, member.offset_data + member.size)
                 found.update(
                     f"{member.name}\0{place}{member.mtime}{member.chksum}\0".encode(

@@ -30,7 +30,8 @@ class Template:
       video: "frames" shows each frame as a picture with its time, "whole" leaves it to the format
         of visual tokens.
       stops: tokens that end an answer.
-      end: what comes after a last answer, trained with it.
+      last: what comes after a last answer in place of what comes after others; "" = the same.
+      end: what comes after a last message, trained after an answer.
       document: the control token that ends a document, trained with it; "" = none. A document is
         trained as a whole, between `start` and this, its pictures where they stand in its text.
       trim: roles whose text loses the space around it.
@@ -45,6 +46,7 @@ class Template:
     picture: tuple[str, str] = ("", "\n")
     place: str = "inside"
     video: str = "whole"
+    last: str = ""
     end: str = ""
     document: str = ""
     trim: tuple[str, ...] = ()
@@ -63,8 +65,8 @@ def split_controls(text: str, controls: tuple[str, ...]) -> list[tuple[str, str]
     return [(kind, value) for kind, value in kinds if value]
 
 
-def _chatml(**more):
-    turn = "<|im_start|>{}\n", "<|im_end|>\n"
+def _chatml(between="\n", **more):
+    turn = "<|im_start|>{}\n", f"<|im_end|>{between}"
     turns = {role: (turn[0].format(role), turn[1]) for role in ("system", "user", "assistant")}
     made = dict(
         turns=turns,
@@ -96,15 +98,58 @@ LLAMA_3 = (
 )
 
 
-def _llama3(**more):
+CAMBRIAN = (
+    "You are Cambrian, a highly intelligent multimodal AI trained by NYU Vision X.",
+    "As a multimodal AI, you have the ability to process and analyze images. Whenever an image is "
+    "present in the conversation, very carefully examine it and consider its content when "
+    "formulating your response.",
+    "You should give concise responses to very simple questions, but provide thorough responses to "
+    "more complex and open-ended questions.",
+)
+INTERNVL = (
+    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, "
+    "是一个有用无害的人工智能助手。"
+)
+INTERNVL_2_5 = (
+    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态"
+    "大语言模型。"
+)
+
+
+def _plain(start, end):
+    """LLaVA's stage 1: the picture, then its caption."""
+    return Template(
+        turns={"user": ("", ""), "assistant": ("", "\n")},
+        answer="",
+        start=start,
+        controls=tuple(dict.fromkeys(filter(None, (start, end)))),
+        stops=(end,),
+        document=end,
+        picture=("", ""),
+    )
+
+
+def _phi3(between="\n", **more):
+    made = dict(
+        turns={r: (f"<|{r}|>\n", f"<|end|>{between}") for r in ("system", "user", "assistant")},
+        answer="<|assistant|>\n",
+        start="<s>",
+        controls=("<s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+        stops=("<|end|>", "<|endoftext|>"),
+        document="<|endoftext|>",
+    )
+    return Template(**(made | more))
+
+
+def _llama3(between="\n\n", **more):
     turns = {
-        role: (f"<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>")
+        role: (f"<|start_header_id|>{role}<|end_header_id|>{between}", "<|eot_id|>")
         for role in ("system", "user", "assistant")
     }
     made = dict(
         turns=turns,
         start="<|begin_of_text|>",
-        answer="<|start_header_id|>assistant<|end_header_id|>\n\n",
+        answer=f"<|start_header_id|>assistant<|end_header_id|>{between}",
         controls=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
         stops=("<|eot_id|>", "<|end_of_text|>"),
         document="<|end_of_text|>",
@@ -115,16 +160,9 @@ def _llama3(**more):
 TEMPLATES = {
     "videollama3": _videollama3(),
     "chatml": _chatml(),
-    # LLaVA's stage 1: the picture, then its caption.
-    "plain": Template(
-        turns={"user": ("", ""), "assistant": ("", "\n")},
-        answer="",
-        start="<s>",
-        controls=("<s>", "</s>"),
-        stops=("</s>",),
-        document="</s>",
-        picture=("", ""),
-    ),
+    "plain": _plain("<s>", "</s>"),
+    "plain_llama3": _plain("<|begin_of_text|>", "<|end_of_text|>"),
+    "plain_chatml": _plain("", "<|endoftext|>"),  # Qwen's and Yi's tokenizers add no first token
     "vicuna": Template(  # vicuna_v1
         turns={"system": ("", " "), "user": ("USER: ", " "), "assistant": ("ASSISTANT: ", "</s>")},
         answer="ASSISTANT:",
@@ -144,16 +182,33 @@ TEMPLATES = {
     ),
     "llama3": _llama3(),
     "llava_llama3": _llama3(system=LLAMA_3),
-    "qwen": _chatml(system="You are a helpful assistant."),
-    "llava_chatml": _chatml(system="Answer the questions."),  # mistral_direct, chatml_direct
-    "phi3": Template(
-        turns={r: (f"<|{r}|>\n", "<|end|>\n") for r in ("system", "user", "assistant")},
-        answer="<|assistant|>\n",
-        start="<s>",
-        controls=("<s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
-        stops=("<|end|>", "<|endoftext|>"),
-        document="<|endoftext|>",
+    # The last answer ends otherwise: `llava/conversation.py` of VILA.
+    "vila_llama3": _llama3(
+        system=LLAMA_3,
+        last="<|end_of_text|>",
+        controls=(*_llama3().controls, "<|end_of_text|>"),
     ),
+    # `cambrian/conversation.py`, whose line breaks and indents are part of the text.
+    "cambrian_llama3": _llama3("", system="{} \n    {}\n    {} ".format(*CAMBRIAN)),
+    "cambrian_chatml": _chatml("", system=" ".join(CAMBRIAN)),
+    "qwen": _chatml(system="You are a helpful assistant."),
+    "llava_chatml": _chatml("", system="Answer the questions."),  # mistral_direct, chatml_direct
+    # `internvl/conversation.py`: Hermes-2, internlm2-chat, internvl2_5, phi3-chat, internvl_zh.
+    "internvl": _chatml("", system=INTERNVL),
+    "internvl_internlm2": _chatml(
+        "", system=INTERNVL, start="<s>", controls=("<s>", "<|im_start|>", "<|im_end|>")
+    ),
+    "internvl_2_5": _chatml(system=INTERNVL_2_5),
+    "internvl_phi3": _phi3("", system=INTERNVL),
+    "internvl_zh": Template(
+        turns={"user": ("<human>: ", " "), "assistant": ("<bot>: ", "</s>")},
+        answer="<bot>:",
+        start="<s>",  # without the space that no system message leaves there
+        controls=("<s>", "</s>"),
+        stops=("</s>",),
+        document="</s>",
+    ),
+    "phi3": _phi3(),
     "minicpm": Template(
         turns={"user": ("<用户>", ""), "assistant": ("<AI>", "</s>")},
         answer="<AI>",
@@ -163,8 +218,9 @@ TEMPLATES = {
         document="</s>",
     ),
     "cogvlm": Template(
-        turns={"user": ("Question: ", " "), "assistant": ("Answer: ", "<|end_of_text|>")},
+        turns={"user": ("Question: ", " "), "assistant": ("Answer: ", "\n")},
         answer="Answer:",
+        last="<|end_of_text|>",
         start="<|begin_of_text|>",
         controls=("<|begin_of_text|>", "<|end_of_text|>"),
         stops=("<|end_of_text|>",),

@@ -19,6 +19,7 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 
 from vlmjax.data import rows
+from vlmjax.data.array_record import check_machine
 from vlmjax.data.health import BadRecord
 from vlmjax.data.shards import AbsentFiles, digest
 
@@ -81,6 +82,7 @@ class TfdsSource:
         try:
             example = self._rows[index]
         except (ValueError, RuntimeError, OSError) as error:
+            check_machine(error, name)
             raise BadRecord("damaged_media", f"{name} cannot be read: {error}") from error
         try:
             row = {key: _plain(value) for key, value in example.items()}

@@ -49,8 +49,9 @@ class TaskResult:
 
 def is_demo(config):
     """Returns whether a config trains on the demo and names no other held-out sources."""
-    sources = [spec for spec, _ in config.data.sources]
-    return all(s.startswith("demo:") for s in sources) and not config.eval.to_dict().get("sources")
+    run = build.resolve(config)
+    sources = [source.spec for source in run.data.mixed]
+    return all(s.startswith("demo:") for s in sources) and not run.eval.get("sources")
 
 
 def run(config, workdir, output, export_dir=None):

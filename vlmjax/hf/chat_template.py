@@ -87,7 +87,11 @@ def _by_role(template, side):
     lines = []
     for k, (role, turn) in enumerate(template.turns.items()):
         lines.append(f"    {{%- {'elif' if k else 'if'} message['role'] == '{role}' %}}")
-        lines.append("        " + _say(turn[side]))
+        if side and role == "assistant" and template.last:
+            other, last = _text(turn[side]), _text(template.last)
+            lines.append(f"        {{{{- {last} if loop.last else {other} }}}}")
+        else:
+            lines.append("        " + _say(turn[side]))
     if side == 0:
         known = f"roles are {', '.join(template.turns)}, not "
         lines.append("    {%- else %}")
@@ -109,6 +113,7 @@ PROBE = [
         "content": [{"type": "image"}, {"type": "text", "text": "probe"}],
     }
 ]
+ANSWER = {"role": "assistant", "content": [{"type": "text", "text": "answer"}]}
 
 
 def find_template(tokenizer: Tokenizer, image: str, jinja: str | None = None) -> str | None:
@@ -116,7 +121,8 @@ def find_template(tokenizer: Tokenizer, image: str, jinja: str | None = None) ->
 
     Templates of transformers often leave out the system message that a model was trained with, and
     the first token, which tokenizers add. One that is equal as a whole is preferred to one that is
-    equal but for these; of several, the one that adds least.
+    equal but for these; of several, the one that adds least, then the one that starts alike, then
+    the one whose answers end alike.
 
     Args:
       tokenizer: with its chat template.
@@ -129,9 +135,9 @@ def find_template(tokenizer: Tokenizer, image: str, jinja: str | None = None) ->
     jinja = jinja or tokenizer.hf.chat_template
     if not isinstance(jinja, str):
         return None
-    theirs = tokenizer.hf.apply_chat_template(
-        PROBE, tokenize=False, add_generation_prompt=True, chat_template=jinja
-    )
+    how = dict(tokenize=False, chat_template=jinja)
+    theirs = tokenizer.hf.apply_chat_template(PROBE, add_generation_prompt=True, **how)
+    answered = tokenizer.hf.apply_chat_template([*PROBE, ANSWER], **how)
     fits = []
     for name, template in TEMPLATES.items():
         if template.video != "whole":
@@ -141,5 +147,8 @@ def find_template(tokenizer: Tokenizer, image: str, jinja: str | None = None) ->
         system = template.system.join(template.turns.get("system", ("", "")))
         rest = theirs.removeprefix(template.start)
         if ours in (rest, system + rest):
-            fits.append((len(ours) - len(rest), name))
-    return min(fits)[1] if fits else None
+            other = chat.render([*PROBE, ANSWER], image, image, template=template)
+            end = other.rpartition("answer")[2] != answered.rpartition("answer")[2]
+            start = not theirs.startswith(template.start)
+            fits.append((len(ours) - len(rest), start, end, name))
+    return min(fits)[-1] if fits else None

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from vlmjax.data.derive import choose_template
+from vlmjax.data.derive import OWN, choose_template
 from vlmjax.data.processor import ProcessorConfig
 from vlmjax.data.templates import TEMPLATES
 from vlmjax.data.tokenizer import Tokenizer
@@ -32,10 +32,11 @@ DEFAULT_TEMPLATES = {
 }
 # What OpenGVLab calls the templates of its models.
 ORIGINAL_TEMPLATES = {
-    "internlm2-chat": "chatml",
-    "Hermes-2": "chatml",
-    "internvl2_5": "chatml",
-    "phi3-chat": "phi3",
+    "internlm2-chat": "internvl_internlm2",
+    "Hermes-2": "internvl",
+    "internvl2_5": "internvl_2_5",
+    "phi3-chat": "internvl_phi3",
+    "internvl_zh": "internvl_zh",
 }
 # Models with `picture` show so many frames of a video, unless told otherwise.
 MAX_FRAMES = 32
@@ -223,24 +224,41 @@ def _pictures(directory: Path, tokenizer, raw, sections, template) -> ProcessorC
     """Settings of a model that is shown views of a picture."""
     system, cfg = system_of(raw), read_config(directory)
     images, videos = _placeholders(system, tokenizer, raw)
-    if template is None:
-        jinja = read_json(directory / "chat_template.json").get("chat_template")
-        kind = raw["model_type"]
-        usual = DEFAULT_TEMPLATES.get(kind, ORIGINAL_TEMPLATES.get(raw.get("template")))
-        if kind == internvl.ORIGINAL and usual is None:
-            raise ValueError(
-                f"{directory} has the template {raw.get('template')!r}; known here are "
-                f"{sorted(ORIGINAL_TEMPLATES)}; give template, one of {sorted(TEMPLATES)}"
-            )
-        template = find_template(tokenizer, images, jinja) or usual
     return ProcessorConfig(
         patch=cfg.vision.patch,
         image_token=images,
         video_token=videos,
         max_frames=MAX_FRAMES,
-        template=template,
+        template=template or _template(directory, tokenizer, raw, images),
         picture=system.picture(raw, directory / CONFIG, sections, cfg.vision),
     )
+
+
+def _template(directory: Path, tokenizer: Tokenizer, raw: dict, image: str) -> str:
+    """The template of conversations that a checkpoint shows."""
+    kind, named = raw["model_type"], raw.get("template")
+    if kind == internvl.ORIGINAL:  # its own code reads no chat template
+        if named not in ORIGINAL_TEMPLATES:
+            raise ValueError(
+                f"{directory} has the template {named!r}; known here are "
+                f"{sorted(ORIGINAL_TEMPLATES)}; give template, one of {sorted(TEMPLATES)}"
+            )
+        return ORIGINAL_TEMPLATES[named]
+    jinja = read_json(directory / "chat_template.json").get("chat_template")
+    if not (jinja or tokenizer.hf.chat_template):
+        return DEFAULT_TEMPLATES[kind]
+    found = find_template(tokenizer, image, jinja)
+    if found is None:
+        if jinja:
+            tokenizer.hf.chat_template = jinja
+        try:
+            choose_template(ProcessorConfig(image_token=image, template=OWN), tokenizer)
+        except ValueError as error:
+            raise ValueError(
+                f"{directory} has a chat template that is none of ours, and {error}; give "
+                f"template, one of {sorted(TEMPLATES)}"
+            ) from error
+    return found or OWN
 
 
 def load_remote(directory: Path) -> tuple[Tokenizer, ProcessorConfig]:

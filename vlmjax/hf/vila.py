@@ -121,5 +121,5 @@ def picture(raw: dict, file: Path, cfg: VLMConfig) -> dict:
 def template(raw: dict, file: Path, has) -> str:
     """The template of its conversations, by the tokens of its decoder."""
     if has("<|start_header_id|>"):
-        return "llava_llama3"
+        return "vila_llama3"
     return "llava_chatml" if has("<|im_start|>") else "vicuna"

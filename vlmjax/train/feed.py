@@ -1,6 +1,9 @@
 """The data of a run on this host: batches from a checkpoint's position on, and their health."""
 
+import collections
 import dataclasses
+import hashlib
+import json
 from functools import partial
 from typing import NamedTuple
 
@@ -14,7 +17,28 @@ from vlmjax.data.health import Ledger
 from vlmjax.data.loading import prefetch
 from vlmjax.data.pack import Stats
 from vlmjax.data.plan import Mark
-from vlmjax.data.stream import Position, packed_batches, planned_batches
+from vlmjax.data.stream import NoGoodRecord, Position, packed_batches, planned_batches
+
+
+def gathered(value):
+    """Returns [value of each process], which json can write; a collective."""
+    if jax.process_count() == 1:
+        return [value]
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(len(data)))
+    lines = multihost_utils.process_allgather(np.resize(data, int(sizes.max())))
+    return [json.loads(bytes(line[:n])) for line, n in zip(lines, sizes, strict=True)]
+
+
+def check_alike(what, value):
+    """Raises ValueError on all hosts if they have different values, which json can write."""
+    digests = [hashlib.sha256(json.dumps(v).encode()).hexdigest()[:12] for v in gathered(value)]
+    if len(set(digests)) > 1:
+        raise ValueError(
+            f"hosts disagree about {what} (digests by process: {', '.join(digests)}), process "
+            f"{jax.process_index()} has {json.dumps(value)[:1000]}; all of them need the same "
+            "files: look for one that is not mounted, not whole, or of another version"
+        )
 
 
 class Feed(NamedTuple):
@@ -34,6 +58,37 @@ class Feed(NamedTuple):
     ledger: Ledger
     absent: tuple
 
+    @property
+    def apart(self):
+        """Whether each host has rows of its own."""
+        return self.local is not None and jax.process_count() > 1
+
+    def record(self, packed):
+        """Lists the bad records of a `PackedBatch`; raises above the quota if one host can tell."""
+        self.ledger.extend(packed.bad, packed.repairs)
+        if packed.bad and not self.apart:
+            self.ledger.check()
+
+    def health(self, position):
+        """Returns the metrics of `Ledger.metrics` over all hosts; a collective.
+
+        Raises:
+          TooManyBadRecords: a source exceeds its quota, on all hosts at once.
+          ValueError: the hosts have read to different positions, which the same files cannot cause.
+        """
+        if not self.apart:
+            check_alike("where the data stand", position)
+            return self.ledger.metrics()
+        found = [[source, reason, n] for (source, reason), n in self.ledger.found.items()]
+        hosts = gathered([found, self.ledger.repairs])
+        self.ledger.elsewhere = collections.Counter()
+        for process, (others, _) in enumerate(hosts):
+            if process != jax.process_index():
+                self.ledger.elsewhere += {(s, reason): n for s, reason, n in others}
+        self.ledger.check()
+        repairs = sum((collections.Counter(repairs) for _, repairs in hosts), collections.Counter())
+        return self.ledger.metrics() | {f"repaired/{k}": n for k, n in sorted(repairs.items())}
+
     def place(self, mesh, batch, rows):
         """Returns a host `Batch` as global arrays of `rows` rows."""
         return jax.tree.map(partial(sharding.place_rows, mesh, local=self.local, rows=rows), batch)
@@ -43,7 +98,7 @@ class Feed(NamedTuple):
 
         Rows that several hosts have, each some slots of them, count once.
         """
-        if self.local is None or jax.process_count() == 1:
+        if not self.apart:
             return stats
         table = np.array([jax.tree.leaves(dataclasses.astuple(s)) for s in stats], np.float64)
         summed = multihost_utils.process_allgather(table).sum(0)
@@ -78,6 +133,18 @@ def check_identity(saved, found, step, changed_at):
     )
 
 
+def listed(batches, ledger):
+    """Yields batches; lists the bad records in front of which there was no good one any more."""
+    try:
+        yield from batches
+    except NoGoodRecord as error:
+        ledger.extend(error.bad, {})
+        ledger.check()
+        raise
+    finally:
+        batches.close()
+
+
 def open_feed(run, budgets, mesh, saved, step, workdir):
     """Returns the `Feed` of a run.
 
@@ -97,11 +164,13 @@ def open_feed(run, budgets, mesh, saved, step, workdir):
     data, config, rows = build.open_data(run), run.data, run.train.rows
     process = jax.process_index()
     role = "count" if process and not config.index else "write"  # without a plan all read the same
+    # Before the first collective below: no host counts what another has written in this run.
     ledger = Ledger(workdir, data.sizes(), config.quota, process, role)
     how = dict(form=run.model.form, normalisation=config.normalisation)
     how |= dict(workers=config.workers, ahead=config.ahead, stall=config.stall)
     if not config.index:
         mixture, reader, identity = mix.streamed(data)
+        check_alike("the data", identity)
         goes_on = saved and check_identity(
             saved.get("identity", {}), identity, step, config.changed_at
         )
@@ -113,11 +182,13 @@ def open_feed(run, budgets, mesh, saved, step, workdir):
             rows,
             pool=config.pool,
             position=position,
-            unusable="replace",
+            quota=config.quota,
             **how,
         )
-        return Feed(prefetch(batches, stall=config.stall), None, identity, ledger, data.absent)
+        batches = listed(prefetch(batches), ledger)
+        return Feed(batches, None, identity, ledger, data.absent)
     plan, reader, identity, indices = mix.planned(data, budgets, rows)
+    check_alike("the data", identity)
     for name, index in zip(data.names, indices, strict=True):
         for bad in index.bad():  # every host must come to the same verdict
             if process:

@@ -23,6 +23,10 @@ class NonFiniteLoss(ValueError):
     """The loss became NaN or infinite; names the step and the records in its batch."""
 
 
+# How a config, and a command line, say that weights start at random.
+RANDOM = (None, "random", "None")
+
+
 def check_init(init, stage, modules=("vision", "connector", "llm")):
     """Returns {module: source} of a dict, else {}; ValueError for an empty or unknown source."""
     if init == "":
@@ -40,28 +44,34 @@ def check_init(init, stage, modules=("vision", "connector", "llm")):
             + " (or =random)"
         )
     for module, source in sources.items():
-        known = source in (None, "random") or (isinstance(source, str) and source.startswith("hf:"))
+        known = source in RANDOM or (isinstance(source, str) and source.startswith("hf:"))
         if module not in modules or not known:
             raise ValueError(
-                f"init[{module!r}]={source!r} is not allowed: init is None, a work directory, or a "
-                f"dict from {', '.join(modules)} to 'hf:DIR' or 'random'; change that entry"
+                f"init[{module!r}]={source!r} is not allowed: init is 'random', a work directory, "
+                f"'hf:DIR', or a dict from {', '.join(modules)} to 'hf:DIR' or 'random'; change "
+                "that entry"
             )
-    return {module: source for module, source in sources.items() if source not in (None, "random")}
+    return {module: source for module, source in sources.items() if source not in RANDOM}
 
 
 def initial_params(run, shapes, where):
     """Returns {path: array} to start from.
 
     Args:
-      run: a `build.Run`. `init` is None (random), the work directory of an earlier stage, or
-        {"vision" (or each of several encoders) | "connector" | "llm": "hf:DIR", or "random" or
-        None}. An empty string stands for what the command line must give.
+      run: a `build.Run`. `init` is None or "random", the work directory of an earlier stage,
+        "hf:DIR" with a whole model, or {"vision" (or each of several encoders) | "connector" |
+        "llm": "hf:DIR", or "random" or None}. An empty string stands for what the command line
+        must give.
       shapes: {path: ShapeDtypeStruct} of the model.
       where: {path: sharding}.
     """
     encoders = run.model.encoders or ("vision",)
     sources = check_init(run.init, run.stage, (*encoders, "connector", "llm"))
-    if isinstance(run.init, str):
+    if isinstance(run.init, str) and run.init.startswith("hf:"):
+        loaded = flatten(hf.load_params(run.init[3:], run.model))
+        build.check_params(loaded, shapes, run.init)
+        return {p: sharding.place(x, where[p]) for p, x in loaded.items()}
+    if isinstance(run.init, str) and run.init not in RANDOM:
 
         def place(saved):
             build.check_params(saved, shapes, run.init)
@@ -70,12 +80,23 @@ def initial_params(run, shapes, where):
         return checkpoint.restore_params(run.init, place)[0]
     params = build.random_params(run.model, run.train.seed, where)
     for module, source in sources.items():
-        loaded = flatten(hf.load_module(module, source[3:], run.model), f"{module}/")
-        build.check_params(
-            loaded, {p: s for p, s in shapes.items() if p.startswith(f"{module}/")}, source
-        )
+        loaded = flatten(_load_module(module, source[3:], run.model), f"{module}/")
+        # Blocks of SVA inside the decoder may be absent, which `_load_module` says.
+        own = {p: s for p, s in shapes.items() if p.startswith(f"{module}/")}
+        own = {p: s for p, s in own.items() if p in loaded or not p.startswith("llm/extra/")}
+        build.check_params(loaded, own, source)
         params |= {p: sharding.place(x, where[p]) for p, x in loaded.items()}
     return params
+
+
+def _load_module(module, directory, model):
+    """Returns the nested weights of a module, and says which of them the directory lacks."""
+    if module != "llm":
+        return hf.load_module(module, directory, model)
+    loaded, notes = hf.load_decoder(directory, model)
+    for note in notes:
+        print(f"{directory}: {note}", flush=True)
+    return loaded
 
 
 def make_state(run, program, workdir):
@@ -198,7 +219,7 @@ def train(config, workdir, tensorboard=False, profile=None):
                 before = time.monotonic()
                 packed = next(feed.batches)
                 waited += time.monotonic() - before
-                feed.ledger.extend(packed.bad, packed.repairs)
+                feed.record(packed)
                 batch = feed.place(mesh, packed.batch, run.train.rows)
                 state, values = train_steps[packed.bucket](state, batch)
 
@@ -226,7 +247,7 @@ def train(config, workdir, tensorboard=False, profile=None):
                     totals = feed.totals([stats for _, stats in window], run.train.rows)
                     window = [(bucket, s) for (bucket, _), s in zip(window, totals, strict=True)]
                     counts = throughput(run, budgets, window, now - last, program.trained)
-                    writer.write(step, counts | line | feed.ledger.metrics())
+                    writer.write(step, counts | line | feed.health(packed.position))
                     window, waited, last = [], 0.0, now
                 if save:
                     meta = {"position": packed.position, "stage": run.stage}

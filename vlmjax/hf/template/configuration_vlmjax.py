@@ -13,7 +13,7 @@ class VLMJaxConfig(PretrainedConfig):
     """A vision-language model of vlmjax."""
 
     model_type = "vlmjax"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ("cache", "past_key_values")
 
     def __init__(self, model=None, **kwargs):
         """Makes it.

@@ -25,6 +25,9 @@ from .layers_vlmjax import REDUCE, gather, put, take
 from .sva_vlmjax import SVABlock
 from .vision_vlmjax import TOWERS
 
+# What `generate` calls the cache in keywords and in outputs: its name since 5.24, and before.
+CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"
+
 
 class VLMJaxForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """Vision towers, connector and decoder under `vision`, `connector`, `llm`."""
@@ -99,6 +102,7 @@ class VLMJaxForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_ids,
         attention_mask=None,
         position_ids=None,
+        cache=None,
         past_key_values=None,
         use_cache=None,
         logits_to_keep=0,
@@ -110,16 +114,18 @@ class VLMJaxForConditionalGeneration(PreTrainedModel, GenerationMixin):
           input_ids: i64[B, T]; with a cache the new ones only.
           attention_mask: [B, S], 0 = padding, of the tokens in the cache and the new ones.
           position_ids: i64[B, T], rotary positions; None = counted by the mask.
-          past_key_values: a transformers cache.
+          cache: a transformers cache.
+          past_key_values: the same, as it is called before transformers 5.24.
           use_cache: whether to make one.
           logits_to_keep: of how many last tokens to return logits; 0 = of all.
           visual: see the module; where there are pictures, for their tokens' first pass only.
         """
         visual = self._visual(visual)
         B, T = input_ids.shape
-        if past_key_values is None and use_cache:
-            past_key_values = DynamicCache(config=self.config)
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        cache = past_key_values if cache is None else cache
+        if cache is None and use_cache:
+            cache = DynamicCache(config=self.config)
+        past = 0 if cache is None else cache.get_seq_length()
         if attention_mask is None:
             attention_mask = input_ids.new_ones(B, past + T)
         if position_ids is None:
@@ -143,9 +149,9 @@ class VLMJaxForConditionalGeneration(PreTrainedModel, GenerationMixin):
                     new = block(queries.reshape(*read[2].shape[:2], -1, x.shape[-1]), read)
                     return put(x, new.reshape(queries.shape), index)
 
-        hidden = self.llm(x, position_ids, attention_mask, past_key_values, routed, extra)
+        hidden = self.llm(x, position_ids, attention_mask, cache, routed, extra)
         logits = self.llm.logits(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(logits=logits, **{CACHE: cache})
 
     def _visual(self, given):
         """Returns the visual inputs among keyword arguments; refuses what it does not know."""
@@ -166,13 +172,12 @@ class VLMJaxForConditionalGeneration(PreTrainedModel, GenerationMixin):
             {k: v for k, v in model_kwargs.items() if k not in self.visual_names}
         )
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
         """Returns the inputs of `forward`; those of pictures for the first pass only."""
-        if past_key_values is not None and past_key_values.get_seq_length():
+        cache = kwargs.get(CACHE)
+        if cache is not None and cache.get_seq_length():
             kwargs = {k: v for k, v in kwargs.items() if k not in self.visual_names}
-        return super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, **kwargs
-        )
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
 
 
 def _longer(index, T):

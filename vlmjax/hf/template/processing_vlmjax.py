@@ -10,6 +10,7 @@ from transformers import BatchFeature, ProcessorMixin
 
 # transformers copies the files that lines of this form name, and those that they name.
 from .vlmjax_batch import Budget, Form, TowerForm, UnitRule
+from .vlmjax_bicubic import resize  # noqa: F401
 from .vlmjax_chat import render
 from .vlmjax_diffp import keep_masks  # noqa: F401
 from .vlmjax_grounding import GROUNDING
