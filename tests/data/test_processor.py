@@ -288,6 +288,14 @@ def test_text_is_judged_before_it_is_tokenised(make_processor, tokenizer, monkey
         process(ask(answer=words))
 
 
+def test_the_deadline_of_videos_is_a_setting(make_processor, make_video):
+    path = make_video("regular_clip.mp4", [40 * k for k in range(90)])
+    with pytest.raises(BadRecord, match="longer than 1e-09 s .* raise video_deadline"):
+        make_processor(video_deadline=1e-9)(ask({"type": "video", "video": path}))
+    with pytest.raises(ValueError, match="video_deadline is 0.0"):
+        make_processor(video_deadline=0.0)
+
+
 def test_few_coordinates_are_kept():
     """Pictures in native sizes hardly repeat; one of 16,384 patches takes 131 KB."""
     for height in range(1, 200):

@@ -46,7 +46,8 @@ def test_malformed_streams_are_refused(said, match):
 @pytest.mark.parametrize(
     "messages",
     [
-        [{"role": "stream", "content": [VIDEO, VIDEO]}],
+        [{"role": "stream", "content": [VIDEO]}],
+        [{"role": "stream", "content": [VIDEO, VIDEO]}, *spoken(0.0)],
         [{"role": "stream", "content": [VIDEO]}, {"role": "user", "content": "x"}],
         [{"role": "user", "content": "x"}, {"role": "stream", "content": [VIDEO]}],
     ],

@@ -64,7 +64,7 @@ def decode(data):
         if start != len(data):
             raise ValueError(f"{len(data) - start} bytes too many")
         record = header["record"]
-        messages = [_changed(m, lambda part: blobs[part["blob"]]) for m in record["messages"]]
+        messages = [_changed(m, lambda value: blobs[value["blob"]]) for m in record["messages"]]
         return {**record, "messages": messages}
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise BadRecord("malformed", f"bytes are no record of ours ({error})") from error

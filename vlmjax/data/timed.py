@@ -34,7 +34,9 @@ def check_stream(messages: Sequence[dict]) -> None:
     if not is_stream(messages):
         return
     if len(messages[0]["content"]) > 1:
-        raise BadRecord("malformed", "message 0 (stream) holds a video beside others: move them")
+        raise BadRecord("malformed", "message 0 (stream) holds a video and more: move the rest")
+    if len(messages) < 2:
+        raise BadRecord("malformed", "nothing is said in a stream: give messages with their time")
     before = float("-inf")
     for number, message in enumerate(messages[1:], 1):
         time = message.get("time")
