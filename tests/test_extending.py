@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from recipes import config
 
-from vlmjax import build, checkpoint, vlm
+from vlmjax import build, checkpoint
 from vlmjax.batch import UnitRule
 from vlmjax.connectors import CONNECTORS
 from vlmjax.connectors.specials import Specials
@@ -64,7 +64,6 @@ def test_a_new_encoder_connector_and_strategy(tmp_path, monkeypatch):
     row = PRESETS["clip_l_14_336"] | dict(width=32, mlp=64, layers=2, heads=2, patch=6)
     monkeypatch.setitem(PRESETS, "clip_swish", row)
     monkeypatch.setitem(CONNECTORS, "mean", (MeanConfig, Mean))
-    monkeypatch.setitem(vlm.MODULES, MeanConfig, Mean)  # made of CONNECTORS when it is imported
     monkeypatch.setitem(costs.CONNECTORS, MeanConfig, cost)
     monkeypatch.setitem(STRATEGIES, "halves", (halves, Halves))
     c = config("llava_1_5", "tiny,stage=2")

@@ -13,6 +13,7 @@ from flax import nnx
 from vlmjax.batch import Budget
 from vlmjax.data.pack import check_fits, pack, size
 from vlmjax.data.picture import row_budget
+from vlmjax.data.processor import Processor
 from vlmjax.generate.decode import Generator
 from vlmjax.nn import bind, flatten, unbind, unflatten
 from vlmjax.objectives.sft import sft
@@ -169,3 +170,14 @@ def test_a_whole_prompt_of_minicpm():
     text = process.tokenizer.decode(video.tokens, skip_special=False)
     found = text.replace(process.config.video_token, "#")
     assert found == f"<s><用户>{seen}\n{seen}\nwhat?<AI>"
+
+
+def test_what_is_too_long_names_what_the_system_reads():
+    cfg, process = systems.make("llava_next")
+    short = Processor(
+        dataclasses.replace(process.config, max_length=9), process.tokenizer, cfg.form
+    )
+    rng = np.random.default_rng(0)
+    record = {"id": "0", "messages": systems.messages(systems.picture(rng, 60, 40))}
+    with pytest.raises(ValueError, match=r"lower the views of picture.strategy or max_frames"):
+        short(record)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vlmjax.batch import Form
-from vlmjax.connectors import CONNECTORS, units
+from vlmjax.connectors import module_of, units
 from vlmjax.connectors.sva import SVABlock, SVAConfig
 from vlmjax.kernels.attention.api import AttentionSpec
 from vlmjax.llm.decoder import Decoder, DecoderConfig
@@ -58,7 +58,6 @@ class Compute:
 
 
 TOWERS = {ViTConfig: ViT, ConvNeXtConfig: ConvNeXt}
-MODULES = dict(CONNECTORS.values())
 POOLS = ("none", "max", "weighted")
 
 
@@ -157,7 +156,7 @@ class VLM(nnx.Module):
         if cfg.encoders:
             towers = list(cfg.encoders.values())
             widths = tuple(towers[e].out_width for e in cfg.form.encoders)
-            connector = MODULES[type(cfg.connector)]
+            connector = module_of(cfg.connector)
             self.connector = connector(cfg.connector, widths, cfg.llm.width, rngs=rngs)
         if cfg.llm.extra_num:
             extra = functools.partial(_sva_block, cfg.connector, cfg.llm.width)

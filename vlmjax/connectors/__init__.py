@@ -30,3 +30,8 @@ CONNECTORS = {
     "sva": (SVAConfig, SVA),
     "conv_glu": (ConvGLUConfig, ConvGLU),
 }
+
+
+def module_of(cfg):
+    """Returns the module of a config."""
+    return dict(CONNECTORS.values())[type(cfg)]

@@ -260,12 +260,13 @@ class Processor:
 
     def _check_length(self, name, encoded):
         config, visual = self.config, int(encoded.visual.sum())
+        fewer = "max_visual_tokens" if self.show is None else "the views of picture.strategy"
         if len(encoded.tokens) > config.max_length:
             raise BadRecord(
                 "too_long",
                 f"record {name!r} has {len(encoded.tokens)} tokens ({visual} visual), max_length "
-                f"is {config.max_length}: shorten it, lower max_visual_tokens or max_frames, or "
-                "raise max_length",
+                f"is {config.max_length}: shorten it, lower {fewer} or max_frames, or raise "
+                "max_length",
             )
 
     def _merge(self, medium: Medium) -> int:

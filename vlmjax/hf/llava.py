@@ -11,6 +11,7 @@ from pathlib import Path
 
 from vlmjax.connectors.mlp import MLPConfig
 from vlmjax.data.picture import Show
+from vlmjax.hf.llava_original import TOWERS
 from vlmjax.hf.llm_config import need, read_llm
 from vlmjax.hf.pixels import make_section, mean_colour, need_view, statistics
 from vlmjax.hf.vision_config import make_vision, read_vision, settings
@@ -18,26 +19,9 @@ from vlmjax.vision.vit import ViTConfig
 from vlmjax.vlm import VLMConfig
 
 # What the classes fill in where a config.json is silent.
-_CLIP = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-}
-_SIGLIP = {
-    "model_type": "siglip_vision_model",
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 16,
-    "image_size": 384,
-    "patch_size": 14,
-}
+_SIGLIP = TOWERS["google/siglip-so400m-patch14-384"] | {"num_hidden_layers": 26}
 _ALL = {
-    "vision_config": _CLIP,
+    "vision_config": TOWERS["openai/clip-vit-large-patch14-336"],
     "text_config": {"model_type": "llama"},
     "vision_feature_layer": -2,
     "vision_feature_select_strategy": "default",

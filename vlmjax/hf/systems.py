@@ -14,13 +14,13 @@ from functools import partial
 import jax
 from flax import nnx
 
+from vlmjax.connectors import module_of
 from vlmjax.connectors.sva import SVABlock
 from vlmjax.hf import connectors, towers
 from vlmjax.hf.decoders import HEADS, KINDS, decoder_rows, written_kind
 from vlmjax.hf.original_layouts import ORIGINALS, TOWERS
 from vlmjax.hf.table import Row
 from vlmjax.nn import flatten, stack, unbind
-from vlmjax.vlm import MODULES as CONNECTORS
 from vlmjax.vlm import VLMConfig
 
 MODULES = ("vision", "connector", "llm")
@@ -316,6 +316,6 @@ def _extra_rows(cfg: VLMConfig, layout: str) -> list[Row]:
 
 def _connector(cfg: VLMConfig) -> nnx.Module:
     """The connector without arrays."""
-    encoders, make = list(cfg.encoders.values()), CONNECTORS[type(cfg.connector)]
+    encoders, make = list(cfg.encoders.values()), module_of(cfg.connector)
     widths = tuple(encoders[e].out_width for e in cfg.form.encoders)
     return jax.eval_shape(lambda: make(cfg.connector, widths, cfg.llm.width, rngs=nnx.Rngs(0)))
