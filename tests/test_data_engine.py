@@ -55,6 +55,25 @@ def test_workers_and_restarts_change_nothing(tmp_path):
             same(a, b)
 
 
+@pytest.mark.slow
+def test_the_rows_of_hosts_with_workers_are_those_of_one(tmp_path, monkeypatch):
+    """Two hosts as the data see them: each has one of the two rows of a step, from a worker."""
+    config = mixture_config(tmp_path / "mix")
+    make_index(config)
+    whole, parts = batches(config, tmp_path, 6)[1], []
+    config.data.workers = 1
+    for host in range(ROWS):
+        monkeypatch.setattr(sharding, "local_rows", lambda mesh, rows, host=host: (host,))
+        parts.append(batches(config, tmp_path, 6)[1])
+    for a, *own in zip(whole, *parts, strict=True):
+        assert a.ids == sum((b.ids for b in own), ()) and {a.bucket} == {b.bucket for b in own}
+        for name in ("tokens", "segments", "targets", "weights"):
+            found = np.concatenate([getattr(b.batch, name) for b in own])
+            np.testing.assert_array_equal(found, getattr(a.batch, name))
+        for k, x in enumerate(a.batch.patches[0]):
+            np.testing.assert_array_equal(np.concatenate([b.batch.patches[0][k] for b in own]), x)
+
+
 CODE = """
 import json, sys
 from pathlib import Path
