@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # GPUs under SLURM: one process for each GPU, which find each other by SLURM's variables.
 #
-#   sbatch --nodes=4 launch/slurm.sh --config configs/videollama3.py:stage=1 --workdir runs/vl3_2b/stage1
+#   sbatch --nodes=1 launch/slurm.sh --config configs/videollama3.py:size=2b,stage=1,slice=h200-8 --workdir runs/vl3_2b/stage1 \
+#       --config.init.vision=hf:DIR --config.init.connector=random --config.init.llm=hf:DIR
 #
 # Submit it in the repository, where .venv holds `pip install -e . "jax[cuda13]"`, on a file system that all nodes share.
 # No XLA flags are set: XLA_FLAGS of the environment are passed on.
@@ -13,4 +14,7 @@
 #SBATCH --open-mode=append
 # SIGTERM five minutes before the time limit: the run saves and leaves; started again, it resumes.
 set -euo pipefail
-exec srun --kill-on-bad-exit=1 .venv/bin/python -m vlmjax.main train "$@"
+code=0
+srun --kill-on-bad-exit=1 .venv/bin/python -m vlmjax.main train "$@" || code=$?
+[ "$code" != 75 ] || scontrol requeue "$SLURM_JOB_ID" # stopped by SIGTERM, saved, not done
+exit "$code"

@@ -4,8 +4,12 @@ import os
 import shlex
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from vlmjax import main
+from vlmjax.train import loop
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 TRAIN = ["--config", "configs/x.py:stage=1", "--config.data.sources=(('json:my file.json', 1.0),)"]
@@ -39,6 +43,29 @@ def test_tpu_vm(launch):
     flags = "$(.venv/bin/python -m vlmjax.aot.flags v5e)"
     assert before[-1] == f'export LIBTPU_INIT_ARGS="{flags}"'
     assert not subprocess.run(["bash", "-n", "-c", run[-1]]).returncode
+
+
+def test_slurm_starts_a_stopped_run_again(tmp_path):
+    for name, code in (("srun", 75), ("scontrol", 0)):
+        file = tmp_path / name
+        file.write_text(f"#!/bin/bash\necho {name} $* >> {tmp_path}/log; exit {code}\n")
+        file.chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    done = subprocess.run(["bash", LAUNCH / "slurm.sh", *TRAIN], env=env)
+    assert done.returncode == 75
+    assert (tmp_path / "log").read_text().splitlines()[-1] == "scontrol requeue 7"
+
+
+def test_a_run_that_was_stopped_exits_with_the_code_for_it(monkeypatch):
+    config = SimpleNamespace(train=SimpleNamespace(steps=5))
+    given = dict(config=config, workdir="x", profile=None, distributed=False, tensorboard=False)
+    monkeypatch.setattr(main, "FLAGS", SimpleNamespace(**given))
+    monkeypatch.setattr(loop, "train", lambda *_: {"steps": 5})
+    main.train()
+    monkeypatch.setattr(loop, "train", lambda *_: {"steps": 3})
+    with pytest.raises(SystemExit) as stopped:
+        main.train()
+    assert stopped.value.code == 75
 
 
 def test_slurm(launch):

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from configs.common import SLICES
+from vlmjax import sharding
 
 MESHES = {
     "rows": (8, 1, 1, 1),
@@ -97,3 +100,12 @@ def run(meshes):
 @pytest.mark.parametrize("name", MESHES)
 def test_eight_devices_equal_one(name):
     run([MESHES[name]])
+
+
+def test_heads_that_straddle_groups_are_refused():
+    """12 heads over 6 devices are 2 each, of groups of 3."""
+    layout = sharding.Layout(("data",), (), ("tensor",))
+    mesh = jax.sharding.AbstractMesh((1, 6), ("data", "tensor"))
+    q, kv = jnp.zeros((1, 8, 12, 4)), jnp.zeros((1, 8, 4, 4))
+    with jax.sharding.use_abstract_mesh(mesh), pytest.raises(ValueError, match="groups of 3"):
+        sharding.map_attention(None, q, kv, kv, None, layout)

@@ -66,5 +66,10 @@ def test_bad_ranges_are_refused(text):
 
 
 def test_steps_that_are_not_run_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"--profile=2:9 .* this run does the steps 4 to 6"):
+    with pytest.raises(ValueError, match=r"--profile=2:9 .* this run ends with step 6"):
         traced(range(4, 7), parse("2:9"), tmp_path)
+
+
+def test_a_resumed_run_does_not_trace_what_is_behind_it(tmp_path):
+    assert list(traced(range(4, 7), parse("2:3"), tmp_path / "trace")) == [4, 5, 6]
+    assert not (tmp_path / "trace").exists()

@@ -236,6 +236,23 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     assert params
 
 
+def test_a_refused_run_leaves_the_one_of_before(tmp_path):
+    config = tiny_config(tmp_path, train__steps=2)
+    with pytest.raises(ValueError, match="workdir=gs://b/run is a URL, a folder is needed"):
+        loop.train(config, "gs://b/run")
+    loop.train(config, tmp_path / "run")
+    before = (tmp_path / "run/config.json").read_text()
+    config.stage, config.train.steps = config.stage + 1, 3
+    with pytest.raises(ValueError, match="give each stage a workdir of its own"):
+        loop.train(config, tmp_path / "run")
+    assert (tmp_path / "run/config.json").read_text() == before
+    with open(tmp_path / "run/metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')  # a crash
+    config.stage -= 1
+    loop.train(config, tmp_path / "run")
+    assert [m["step"] for m in metrics.read(tmp_path / "run")][-1] == 3
+
+
 @pytest.mark.slow
 def test_eight_devices_equal_one(tmp_path):
     """Run in its own process, with eight CPU devices; the mesh spreads rows and shards weights."""

@@ -1,7 +1,7 @@
 """Checkpoints: written by orbax in the background, sealed by sha256, verified when read.
 
     <workdir>/checkpoints/<step>/arrays/         orbax: parameters, optimizer state, step
-    <workdir>/checkpoints/<step>/meta.json       position of the data stream, config
+    <workdir>/checkpoints/<step>/meta.json       position and identity of the data, stage
     <workdir>/checkpoints/<step>/manifest.json   sha256 of every file above, written last
 
 A directory without a manifest was interrupted and does not count. Orbax does not notice bit rot, so
@@ -12,6 +12,7 @@ import hashlib
 import json
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -34,9 +35,16 @@ def _files(folder):
     return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
 
 
+def _digests(folder, names):
+    """Returns {name: sha256} of files, several at a time: hashing lets other threads run."""
+    with ThreadPoolExecutor(16) as pool:
+        paths = (folder / name for name in names)
+        return dict(zip(names, pool.map(_digest, paths), strict=True))
+
+
 def seal(folder):
     """Writes the manifest of a finished checkpoint directory, atomically."""
-    entries = {str(p.relative_to(folder)): _digest(p) for p in _files(folder)}
+    entries = _digests(folder, [str(p.relative_to(folder)) for p in _files(folder)])
     part = folder / (MANIFEST + ".part")
     part.write_text(json.dumps(entries, indent=1))
     part.rename(folder / MANIFEST)
@@ -54,10 +62,11 @@ def verify(folder):
         entries = json.loads((folder / MANIFEST).read_text())
     except ValueError as e:
         raise CheckpointError(f"{folder / MANIFEST} is damaged: {e}") from e
-    for name, digest in entries.items():
+    for name in entries:
         if not (folder / name).exists():
             raise CheckpointError(f"{folder / name} is missing, though the manifest lists it")
-        if _digest(folder / name) != digest:
+    for name, digest in _digests(folder, list(entries)).items():
+        if digest != entries[name]:
             raise CheckpointError(
                 f"{folder / name} is damaged: its sha256 is not the one in the manifest"
             )

@@ -1,6 +1,7 @@
 """The command line: python -m vlmjax.main COMMAND [flags].
 
-train     --config --workdir                      trains a config, resuming what is there
+train     --config --workdir                      trains a config, resuming what is there; exit code
+                                                  75 when a SIGTERM ended it before its last step
 inspect   --config                                prints the parameters of a config
 aot       --config --topology [--json]            plans memory and time on a TPU slice not owned
 eval      --config --workdir --output             scores a run on held-out data and writes a report
@@ -47,6 +48,7 @@ for kind, name, default, text in aot_cli.FLAGS:
 for kind, name, default, text in data_cli.FLAGS:
     getattr(flags, f"DEFINE_{kind}")(name, default, f"data: {text}")
 FLAGS = flags.FLAGS
+STOPPED = 75  # EX_TEMPFAIL: a scheduler must start the same command again
 
 
 def train():
@@ -60,6 +62,8 @@ def train():
     summary = loop.train(FLAGS.config, FLAGS.workdir, FLAGS.tensorboard, steps)
     if jax.process_index() == 0:
         print(json.dumps(summary))
+    if summary.get("steps", 0) < FLAGS.config.train.steps:
+        sys.exit(STOPPED)
 
 
 def inspect():

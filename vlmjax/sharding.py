@@ -214,6 +214,13 @@ def map_attention(attend, q, k, v, work, layout):
             "make that part of the mesh smaller"
         )
     kv_heads = layout.heads if K % parts == 0 else ()
+    share_of_q, group = N // parts, N // K
+    if not kv_heads and share_of_q % group and group % share_of_q:
+        raise ValueError(
+            f"{N} heads of queries over {parts} devices of the mesh axes {layout.heads} are "
+            f"{share_of_q} each, which read parts of the groups of {group} that share one of {K} "
+            "heads of keys; make that part of the mesh divide the heads of keys, or their groups"
+        )
 
     def share(q, k, v, work):
         k, v = (jax.lax.all_gather(x, layout.slots, axis=1, tiled=True) for x in (k, v))

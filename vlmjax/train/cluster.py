@@ -7,6 +7,10 @@ import signal
 import jax
 from jax.experimental import multihost_utils
 
+# Seconds: one process seals the last checkpoint, which may be 100 GB, while the others wait at the
+# end; after jax's own 300 they would be killed, and it with them.
+SHUTDOWN = dict(shutdown_timeout_seconds=3600)
+
 
 def join(always=False):
     """Starts `jax.distributed` where there are several processes; call before any other use of jax.
@@ -29,12 +33,12 @@ def join(always=False):
                 "set all three or none"
             )
         address, num, process_id = (env[name] for name in need)
-        jax.distributed.initialize(address, int(num), int(process_id))
+        jax.distributed.initialize(address, int(num), int(process_id), **SHUTDOWN)
         return
     counts = "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES"
     several = any(int(env.get(name, 1)) > 1 for name in counts)
     if always or several or "," in env.get("TPU_WORKER_HOSTNAMES", ""):
-        jax.distributed.initialize()
+        jax.distributed.initialize(**SHUTDOWN)
 
 
 @contextlib.contextmanager

@@ -117,8 +117,10 @@ def check_finite(step, values, ids):
     if bad:
         raise NonFiniteLoss(
             f"{', '.join(f'{k} is {v}' for k, v in bad.items())} at step {step}; training stopped, "
-            f"the last saved checkpoint is good. The records of that batch: {', '.join(ids)}. "
-            "Lower the learning rate, set optim.clip='global_norm', or look at these records"
+            "this step is not saved. The steps before it may have done the damage: if a resumed "
+            "run ends here again, delete the newest checkpoint. The records of that batch: "
+            f"{', '.join(ids)}. Lower the learning rate, set optim.clip='global_norm', or look at "
+            "these records"
         )
 
 
@@ -188,15 +190,25 @@ def train(config, workdir, tensorboard=False, profile=None):
       tensorboard: also write TensorBoard events.
       profile: (first, last) step to trace into `workdir/profile`, or None.
     """
+    if "://" in str(workdir):
+        raise ValueError(
+            f"workdir={workdir} is a URL, a folder is needed: mount the bucket (gcsfuse for gs://) "
+            "and give the path"
+        )
     run, workdir = build.resolve(config), Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0:
-        (workdir / "config.json").write_text(config.to_json_best_effort(indent=1))
     mesh = sharding.make_mesh(**run.mesh)
 
     with jax.set_mesh(mesh), preemption() as preempted:
         program = make_program(run, mesh)
         state, saved = make_state(run, program, workdir)
+        if saved and saved["stage"] != run.stage:
+            raise ValueError(
+                f"{workdir} holds a run of stage {saved['stage']}, the config is of stage "
+                f"{run.stage}: give each stage a workdir of its own"
+            )
+        if jax.process_index() == 0:  # what was refused above leaves the one of before
+            (workdir / "config.json").write_text(config.to_json_best_effort(indent=1))
         factor = schedule(run.optim, run.train.steps)
 
         budgets = build.make_budgets(run)

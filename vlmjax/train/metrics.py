@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -21,7 +22,10 @@ class Writer:
             return
         folder = Path(workdir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115, closed in __exit__
+        file = folder / "metrics.jsonl"
+        if file.exists():  # a crash may have cut a line off
+            os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
+        self.file = open(file, "a", buffering=1)  # noqa: SIM115, closed in __exit__
         if sys.stderr.isatty():
             self.bar = tqdm(total=num_steps, initial=start, unit="step", dynamic_ncols=True)
         if tensorboard:
@@ -46,7 +50,7 @@ class Writer:
         """Writes {name: number} of a step (1-based: steps done)."""
         if not self.main:
             return
-        metrics = {k: round(float(v), 6) for k, v in metrics.items() if v is not None}
+        metrics = {k: float(f"{v:.6g}") for k, v in metrics.items() if v is not None}
         self.file.write(json.dumps({"step": step, **metrics}) + "\n")
         if self.board is not None:
             for name, value in metrics.items():

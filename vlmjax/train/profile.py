@@ -26,30 +26,32 @@ def traced(steps, profile, folder):
       profile: of `parse`.
       folder: for the trace.
 
+    Steps that a resumed run has behind it are not traced again.
+
     Raises:
-      ValueError: a step to trace is not among `steps`.
+      ValueError: the run ends before the last step to trace.
     """
     if profile is None:
         return iter(steps)
     first, last = profile
-    if first not in steps or last not in steps:
+    if last >= steps.stop:
         raise ValueError(
-            f"--profile={first}:{last} is not allowed: this run does the steps {steps.start} to "
-            f"{steps.stop - 1}; choose among them"
+            f"--profile={first}:{last} is not allowed: this run ends with step {steps.stop - 1}; "
+            "choose among its steps"
         )
-    return _traced(steps, first, last, folder)
+    return _traced(steps, max(first, steps.start), last, folder)
 
 
 def _traced(steps, first, last, folder):
     tracing = False
     try:
         for step in steps:
-            if step == first:
+            if step == first <= last:
                 jax.profiler.start_trace(folder)
                 tracing = True
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 yield step
-            if step == last:
+            if step == last and tracing:
                 jax.block_until_ready(jax.live_arrays())  # the device lags behind
                 jax.profiler.stop_trace()
                 tracing = False
