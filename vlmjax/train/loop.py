@@ -99,8 +99,23 @@ def _load_module(module, directory, model):
     return loaded
 
 
+def make_workdir(workdir):
+    """Returns the folder of a run; ValueError for a URL."""
+    if "://" in str(workdir):
+        raise ValueError(
+            f"workdir={workdir} is a URL, a folder is needed: mount the bucket (gcsfuse for gs://) "
+            "and give the path"
+        )
+    Path(workdir).mkdir(parents=True, exist_ok=True)
+    return Path(workdir)
+
+
 def make_state(run, program, workdir):
-    """Returns (TrainState on the mesh, meta of its checkpoint): from `workdir`, or fresh, None."""
+    """Returns (TrainState on the mesh, meta of its checkpoint): from `workdir`, or fresh, None.
+
+    Raises:
+      ValueError: what is in `workdir` is of another stage.
+    """
     folder = checkpoint.newest(workdir)
     if folder is None:
         params = initial_params(run, program.shapes, program.where)
@@ -108,6 +123,11 @@ def make_state(run, program, workdir):
         fresh = jax.jit(program.fresh, out_shardings=placed, donate_argnums=0)
         return fresh(params), None
     arrays, meta = checkpoint.restore(folder, program.state._asdict())
+    if meta["stage"] != run.stage:
+        raise ValueError(
+            f"{workdir} holds a run of stage {meta['stage']}, the config is of stage {run.stage}: "
+            "give each stage a workdir of its own"
+        )
     return TrainState(**arrays), meta
 
 
@@ -190,23 +210,12 @@ def train(config, workdir, tensorboard=False, profile=None):
       tensorboard: also write TensorBoard events.
       profile: (first, last) step to trace into `workdir/profile`, or None.
     """
-    if "://" in str(workdir):
-        raise ValueError(
-            f"workdir={workdir} is a URL, a folder is needed: mount the bucket (gcsfuse for gs://) "
-            "and give the path"
-        )
-    run, workdir = build.resolve(config), Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    run, workdir = build.resolve(config), make_workdir(workdir)
     mesh = sharding.make_mesh(**run.mesh)
 
     with jax.set_mesh(mesh), preemption() as preempted:
         program = make_program(run, mesh)
         state, saved = make_state(run, program, workdir)
-        if saved and saved["stage"] != run.stage:
-            raise ValueError(
-                f"{workdir} holds a run of stage {saved['stage']}, the config is of stage "
-                f"{run.stage}: give each stage a workdir of its own"
-            )
         if jax.process_index() == 0:  # what was refused above leaves the one of before
             (workdir / "config.json").write_text(config.to_json_best_effort(indent=1))
         factor = schedule(run.optim, run.train.steps)
