@@ -61,7 +61,9 @@ def stats(mix, rows, budget, form):
 
 def loop_trips(mix, run, budget, mesh):
     """Returns {part: trips} of the loops whose trip count is data, on one chip of the mesh."""
-    chunk = run.model.compute.loss_chunk
-    shards = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["seq"] * run.train.accumulate
+    chunk, slots = run.model.compute.loss_chunk, mesh.shape["seq"] * mesh.shape["tensor"]
+    if budget.tokens % slots:  # as `sharding.map_tokens` shares them out
+        slots = mesh.shape["seq"]
+    shards = mesh.shape["data"] * mesh.shape["fsdp"] * slots * run.train.accumulate
     supervised = run.train.rows * budget.tokens / shards * mix.supervised
     return {"loss": -(-supervised // chunk)} if chunk else {}
