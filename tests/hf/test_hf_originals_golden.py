@@ -9,7 +9,6 @@ import numpy as np
 import original_models as models
 import pytest
 from original_systems import SHARED, SYSTEMS
-from PIL import Image
 
 from vlmjax.connectors.c_abstractor import CAbstractorConfig
 from vlmjax.connectors.mlp import MLPConfig
@@ -104,7 +103,8 @@ def _sample(cfg, ids, block, side):
     form = cfg.form
     picture = dict(name="square", side=side, mode="resize")
     show = Show(PictureConfig(strategy=(picture,), format=SHARED), form)
-    seen = [show([Image.new("RGB", (side, side))], video=False, images=1)] if len(block) else []
+    blank = np.zeros((side, side, 3), np.uint8)
+    seen = [show([blank], video=False, images=1)] if len(block) else []
     picture, entry = np.full(len(ids), -1, np.int32), np.zeros(len(ids), np.int32)
     if seen:
         picture[block], entry[block] = 0, seen[0].arrangement.entries
