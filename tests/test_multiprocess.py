@@ -87,9 +87,11 @@ EXPLICIT = dict(JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="1", JAX_COORDINATOR_ADDRE
 def test_a_cluster_is_recognised(env, always, calls, monkeypatch):
     seen = []
     monkeypatch.setattr(os, "environ", env)
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *args: seen.append(args))
+    monkeypatch.setattr(
+        jax.distributed, "initialize", lambda *args, **how: seen.append((args, how))
+    )
     cluster.join(always)
-    assert seen == calls
+    assert seen == [(args, cluster.SHUTDOWN) for args in calls]
 
 
 def test_half_an_address_is_refused(monkeypatch):
