@@ -151,7 +151,7 @@ def test_shards_that_cannot_be_read_by_offset(tmp_path, damage):
 
 @pytest.mark.parametrize("size", [-512, -1024])
 def test_members_that_lead_back(tmp_path, size):
-    """Sizes below nothing, with which reading headers would go round for ever or skip members."""
+    """Sizes below nothing: reading headers would go round for ever, or pass over members."""
     shard(tmp_path, *[(f"{k}.json", SAID) for k in range(3)])
     data = bytearray((tmp_path / "a.tar").read_bytes())
     second = data.index(b"1.json")
