@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 BALANCE = ("step", "none")
-VERSION = 2  # of the rules below: other rows for the same lengths need another number
+VERSION = 3  # of the rules below: other rows for the same lengths need another number
 
 
 class Step(NamedTuple):
@@ -208,21 +208,23 @@ def best_fit(shares):
     Args:
       shares: f64[n, dims], what each sample takes of a row; none above 1.
     """
-    shares = shares[:, _binding(shares)]
-    weights = shares.sum(0) / max(shares.sum(), 1e-30)
-    taken, used, rows = np.zeros((shares.shape[1], 64)), 0, []
-    for i in np.argsort(-shares.max(1, initial=0), kind="stable"):
-        share = shares[i]
-        after = taken[:, :used] + share[:, None]
-        score = (weights[:, None] * after).sum(0)  # `@` rounds as the BLAS of the machine does
-        score[after.max(0, initial=0) > 1 + 1e-9] = -1  # a slot is more than that
-        row = int(score.argmax()) if used else 0
-        if not used or score[row] < 0:
+    shares = shares[:, _binding(shares)].T
+    weights = shares.sum(1) / max(shares.sum(), 1e-30)
+    weighed = (weights[:, None] * shares).sum(0)  # `@` rounds as the BLAS of the machine does
+    room, filled, used, rows = np.empty((len(shares), 64)), np.zeros(64), 0, []
+    for i in np.argsort(-shares.max(0, initial=0), kind="stable"):
+        fits = np.ones(used, bool)
+        for left, share in zip(room, shares[:, i], strict=True):
+            fits &= left[:used] >= share
+        row = int(np.where(fits, filled[:used], -1).argmax()) if used else 0
+        if not used or not fits[row]:
             row, used = used, used + 1
             rows.append([])
-            if used > taken.shape[1]:
-                taken = np.concatenate([taken, np.zeros_like(taken)], 1)
-        taken[:, row] += share
+            if used > len(filled):
+                room, filled = (np.concatenate([a, np.zeros_like(a)], -1) for a in (room, filled))
+            room[:, row] = 1 + 1e-9  # sums of shares round; a slot is more than that
+        room[:, row] -= shares[:, i]
+        filled[row] += weighed[i]
         rows[row].append(i)
     return [np.array(row, np.int64) for row in rows]
 
