@@ -151,10 +151,14 @@ def test_work_follows_the_sum_of_squares():
         assert int(plan.by_query.parts[0, -1]) == int(plan.by_key.parts[0, -1]) == pairs
 
 
-def test_too_many_blocks_are_refused():
-    with pytest.raises(NotImplementedError, match="at most 4096 blocks"):
-        segments = jax.ShapeDtypeStruct((4, 1024 * 256), jnp.int32)
-        jax.eval_shape(lambda s: pallas_tpu.plan(s, s, 0, 128, True), segments)
+@pytest.mark.parametrize("rows, slots, block", [(4, 1024 * 256, 128), (1, 131072, 256)])
+def test_too_many_blocks_are_refused(rows, slots, block):
+    """More than an entry can number, and a list of 1 MiB, which the compiler refused."""
+    segments = jax.ShapeDtypeStruct((rows, slots), jnp.int32)
+    plan = functools.partial(pallas_tpu.plan, q_start=0, causal=True)
+    with pytest.raises(NotImplementedError, match="larger block than"):
+        jax.eval_shape(lambda s: plan(s, s, block=block), segments)
+    jax.eval_shape(lambda s: plan(s, s, block=16 * block), segments)
 
 
 SHAPES = {  # slots, heads, kv heads, head size, causal

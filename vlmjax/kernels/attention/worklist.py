@@ -17,6 +17,8 @@ from vlmjax.kernels.attention.intervals import needed_pairs
 # meets the other block for the first time.
 BITS = 12
 FIRST, LAST, WORK, NEW = (1 << (2 * BITS + k) for k in range(4))
+# Of the 1 MiB of scalar memory of v5e, v5p and v6e, of which the compiler takes some 2 kB.
+LIST_BYTES = 2**20 - 2**12
 
 
 def query_of(entry):
@@ -61,16 +63,21 @@ def plan(q_segments, kv_segments, q_start, block, causal, cores=None):
       block: slots in a block, a multiple of 128.
       causal: whether queries see only earlier keys.
       cores: that share a chip's memory and each take a part; default: what the chip has.
+
+    Raises:
+      NotImplementedError: more blocks than an entry can number, or a list that scalar memory cannot
+        hold.
     """
     q_segments, kv_segments = (
         jnp.pad(x, ((0, 0), (0, -x.shape[1] % block))) for x in (q_segments, kv_segments)
     )
     B, n, m = q_segments.shape[0], q_segments.shape[1] // block, kv_segments.shape[1] // block
     cores = min(cores or _num_cores(), B * n, B * m)
-    if max(B * n, B * m) >> BITS:
+    if max(B * n, B * m) >> BITS or 4 * B * n * m > LIST_BYTES:
         raise NotImplementedError(
-            f"{B} rows of {max(n, m)} blocks: a device holds at most {1 << BITS} blocks; use a "
-            f"larger block than {block}, or fewer rows"
+            f"{B} rows of {n} x {m} blocks: a device holds at most {1 << BITS} blocks and "
+            f"{LIST_BYTES // 4} pairs of them; use a larger block than {block}, fewer rows, or "
+            "sequence parallelism"
         )
     needed = needed_pairs(q_segments, kv_segments, q_start, block, causal)
     by_query, _ = _list(needed, cores, lambda outer, inner: outer | inner << BITS)
