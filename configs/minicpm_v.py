@@ -52,7 +52,7 @@ def get_config(arg=None):
         model=dict(vision=vision, connector=connector, llm=llm),
         lr=LR[stage],
         optim=OPTIM[stage],
-        picture=dict(strategy=(slices,), format=(("layout", "slices"),)),
+        picture=dict(strategy=(slices,), format=(("layout", "slices"), ("between", "\n"))),
         template=template,
         placeholder=PLACEHOLDER,
         batch=BATCH[stage],

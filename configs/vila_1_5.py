@@ -52,7 +52,8 @@ def get_config(arg=None):
         connector=dict(layers=2, window=2, norm="layer"),
         llm=dict(preset=llm),
     )
-    picture = dict(strategy=square(side, "resize"))
+    # A frame is an image in the text, with the newline that follows each.
+    picture = dict(strategy=square(side, "resize"), frame_format=(("between", "\n"),))
     if size == "3b_s2":
         # The map of the four tiles is averaged to the grid of the whole view.
         model["sources"] = (0, 0)

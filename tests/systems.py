@@ -95,13 +95,13 @@ SYSTEMS = {
         "minicpm",
         dict(
             strategy=({"name": "uhd", "side": 28, "patch": 7, "max_slices": 4},),
-            format=(("layout", "slices"),),
+            format=(("layout", "slices"), ("between", "\n")),
         ),
     ),
     "vila": System(
         dict(vision=SIGLIP | dict(features="-1"), connector=dict(window=2, norm="layer")),
         "vicuna",
-        dict(strategy=square("resize"), format=(("tail", "\n"),)),
+        dict(strategy=square("resize"), frame_format=(("between", "\n"),)),
         video=True,
     ),
     "s2": System(

@@ -98,30 +98,38 @@ loop.train(config, folder / "run")
 
 
 def run_hosts(folder, config, hosts):
-    """Trains with so many processes, four devices in all; returns the ids of each step, sorted."""
+    """Trains with so many processes, four devices in all; returns the rows of each step, sorted."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(config.to_json_best_effort())
     for file in folder.glob("ids*"):
         file.unlink()
     finish(folder, start(folder, CODE, (folder, folder / "config.json"), hosts, 4))
     lines = [(folder / f"ids{i}").read_text().splitlines() for i in range(hosts)]
-    return [sorted(sum(map(json.loads, step), [])) for step in zip(*lines, strict=True)]
+    steps = [[i for ids in map(json.loads, step) for i in ids] for step in zip(*lines, strict=True)]
+    shared = hosts // min(hosts, config.mesh.fsdp)  # hosts that have parts of the same rows
+    assert all(ids.count(i) == shared for ids in steps for i in ids)
+    return [sorted(set(ids)) for ids in steps]
 
 
 @pytest.mark.slow
-def test_hosts_change_nothing_and_may_change(tmp_path):
-    """One process, then two that are four from the middle on: record for record, loss for loss."""
+@pytest.mark.parametrize("seq", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_hosts_change_nothing_and_may_change(tmp_path, seq):
+    """One process, then two that are four from the middle on: record for record, loss for loss.
+
+    Theirs have worker processes. With seq=2 two of four hosts have halves of the same row.
+    """
     config = mixture_config(
         tmp_path / "mix",
         train__rows=4,
         train__steps=6,
         train__log_every=1,
-        mesh=dict(fsdp=4),
+        mesh=dict(fsdp=4 // seq, seq=seq),
         optim=dict(warmup=0.0, schedule="constant"),  # whatever the number of steps
     )
     make_index(config)
     one, several = tmp_path / "one", tmp_path / "several"
     whole = run_hosts(one, config, 1)[:6]
+    config.data.workers = 1
     config.train.update(steps=3, save_every=3)
     found = run_hosts(several, config, 2)[:3]
     config.train.update(steps=6)

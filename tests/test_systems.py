@@ -172,6 +172,17 @@ def test_a_whole_prompt_of_minicpm():
     assert found == f"<s><用户>{seen}\n{seen}\nwhat?<AI>"
 
 
+def test_a_frame_of_vila_is_an_image_with_its_newline():
+    """As `"<image>\\n" * frames + question` of llava/data/dataset.py in NVlabs/VILA."""
+    _, process = systems.make("vila")
+    frames = np.zeros((3, 20, 20, 3), np.uint8)
+    prompt = process.prompt(systems.messages(frames, answer=""))
+    text = process.tokenizer.decode(prompt.tokens, skip_special=False)
+    seen = process.config.video_token * 4
+    assert f" USER: {3 * (seen + chr(10))}what? ASSISTANT:" in text
+    np.testing.assert_array_equal(prompt.placement.source[prompt.placement.source >= 0], range(12))
+
+
 def test_what_is_too_long_names_what_the_system_reads():
     cfg, process = systems.make("llava_next")
     short = Processor(

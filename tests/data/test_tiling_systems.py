@@ -9,7 +9,7 @@ from tiling_chain import chain, count, gradient, rule
 from vlmjax.data import units
 from vlmjax.data.arrange import Format, arrange
 from vlmjax.data.strategies import strategy
-from vlmjax.data.templates import ALONE, CONTROL, VISUAL
+from vlmjax.data.templates import CONTROL, VISUAL
 from vlmjax.data.views import render
 
 NEXT = Format(layout="tiles", unpad="original", newline="row", specials=("image_newline",))
@@ -91,7 +91,7 @@ SYSTEMS = {
         strategy("square", side=384, mode="resize"),
         14,
         rule(side=2),
-        Format(tail="\n"),
+        Format(),
         {(640, 480): 196},
         {},
     ),
@@ -194,15 +194,13 @@ def test_tiles_cover_the_canvas():
             np.testing.assert_array_equal(whole.reshape(rows * h, columns * w, 3), expected)
 
 
-def test_pieces_of_internvl_and_vila():
+def test_pieces_of_internvl():
     tiling = strategy("dynamic")(1920, 1080)
     kinds = [
         (p.kind, p.value if p.kind != VISUAL else len(p.value))
         for p in arrange(tiling, [(16, 16)] * 9, INTERN).pieces
     ]
     assert kinds == [(CONTROL, "<img>"), (VISUAL, 2304), (CONTROL, "</img>")]
-    pieces = arrange(tiling, [(1, 2)], Format(tail="\n")).pieces
-    assert pieces[-1] == (ALONE, "\n") and pieces[0].value.tolist() == [0, 1]
 
 
 def abstractor(x, w, side, pool):

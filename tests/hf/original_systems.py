@@ -120,6 +120,7 @@ _VILA_MODEL = dict(
     connector=dict(window=2, norm="layer"),
     llm=OURS,
 )
+_FRAMES = dict(frame_format=dict(between="\n"))
 _WIDE = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
 _OURS_WIDE = OURS | dict(width=128, head_dim=64, kv_heads=2)
 SYSTEMS = {
@@ -314,7 +315,7 @@ SYSTEMS = {
         ),
         dict(
             strategy=(dict(name="uhd", side=16, patch=4, max_slices=3),),
-            format=dict(layout="slices"),
+            format=dict(layout="slices", between="\n"),
         ),
         "minicpm",
         "<unk>",
@@ -345,7 +346,7 @@ SYSTEMS = {
         ),
         dict(
             strategy=(dict(name="uhd", side=16, patch=4, max_slices=3),),
-            format=dict(layout="slices"),
+            format=dict(layout="slices", between="\n"),
         ),
         "llama3",
         "<unk>",
@@ -353,7 +354,7 @@ SYSTEMS = {
     "vila": System(
         **_vila(),
         model=_VILA_MODEL,
-        picture=dict(strategy=(_SQUARE | {"mode": "resize", "fill": (127, 127, 127)},)),
+        picture=dict(strategy=(_SQUARE | {"mode": "resize", "fill": (127, 127, 127)},), **_FRAMES),
     ),
     "vila s2": System(
         **_vila(s2=True, s2_scales="16,32", s2_max_split_size=16),
@@ -363,6 +364,7 @@ SYSTEMS = {
             strategy=(dict(name="s2", side=16, scales=(16, 32)),),
             stitch="tiles",
             resample=((), ("area", (4, 4))),
+            **_FRAMES,
         ),
     ),
 }

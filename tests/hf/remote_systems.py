@@ -54,7 +54,7 @@ MORE = {
         "minicpm",
         dict(
             strategy=({"name": "uhd", "side": 28, "patch": 7, "max_slices": 4},),
-            format=(("layout", "slices"),),
+            format=(("layout", "slices"), ("between", "\n")),
         ),
     ),
     "perceiver": System(

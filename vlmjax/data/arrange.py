@@ -34,7 +34,7 @@ import numpy as np
 
 from vlmjax.data import units
 from vlmjax.data.anyres import READINGS, cap, unpad
-from vlmjax.data.templates import ALONE, CONTROL, TEXT, VISUAL
+from vlmjax.data.templates import CONTROL, TEXT, VISUAL
 from vlmjax.data.views import Tiling
 
 
@@ -87,7 +87,7 @@ class Format:
         and each frame is followed by the special "faster"; 0 = all are alike.
       control: tokens around the whole, as ("<img>", "</img>"); () = none.
       vectors: specials around the visual tokens, as ("boi", "eoi"); () = none.
-      tail: text at the end, tokenised by itself (VILA appends its embedding to the image's).
+      between: text between the frames of a video, where they are arranged one by one.
       positions: "sequential", or "shared": all visual tokens between the vectors have one position.
     """
 
@@ -102,7 +102,7 @@ class Format:
     fast_every: int = 0
     control: tuple[str, ...] = ()
     vectors: tuple[str, ...] = ()
-    tail: str = ""
+    between: str = ""
     positions: str = "sequential"
 
     def __post_init__(self):
@@ -193,7 +193,7 @@ def arrange_video(tiling: Tiling, groups: Sequence, frames: int, form: Format) -
       form: a `Format`.
     """
     maps, start = units.view_maps(sum(groups, ())), 0
-    if LAYOUTS[form.layout].video == "whole":
+    if LAYOUTS[form.layout].video == "whole" and not form.between:
         return _arranged(tiling, maps, form)
     shown = [[] for _ in range(frames)]
     for grids in groups:
@@ -201,15 +201,14 @@ def arrange_video(tiling: Tiling, groups: Sequence, frames: int, form: Format) -
         for k, some in enumerate(shown):
             some += maps[start + k * share : start + (k + 1) * share]
         start += len(grids)
-    between = [Piece(TEXT, LAYOUTS[form.layout].between)] if LAYOUTS[form.layout].between else []
-    return _in_sequence([_arranged(tiling, some, form) for some in shown], between)
+    return _in_sequence([_arranged(tiling, some, form) for some in shown], form.between)
 
 
 def _in_sequence(made, between):
-    """Returns arrangements, all pooled or none, one after another."""
+    """Returns arrangements, all pooled or none, one after another with the text `between` them."""
     pieces, pools, start = [], [], 0
     for part in made:
-        pieces += between if pieces else []
+        pieces += [Piece(TEXT, between)] if pieces and between else []
         pieces += [_counted(piece, start) for piece in part.pieces]
         if part.pool is not None:
             pools.append(part.pool)
@@ -230,8 +229,6 @@ def _arranged(tiling, maps, form):
     pieces = body if isinstance(body, list) else [_visual(body, form)]
     if form.control:
         pieces = [Piece(CONTROL, form.control[0]), *pieces, Piece(CONTROL, form.control[1])]
-    if form.tail:
-        pieces = [*pieces, Piece(ALONE, form.tail)]
     steps = None
     if form.positions == "shared":
         parts = [_shared_steps(len(p.value), form) for p in pieces if p.kind == VISUAL]
@@ -366,7 +363,7 @@ class Layout(NamedTuple):
     """A function, where newlines may stand, and which of READ_BY_SOME it reads of the format.
 
     `control` are the tokens that it puts in place itself. Of a `video` it is given the maps of all
-    frames ("whole"), or those of a frame at a time ("frames"), with the text `between` them.
+    frames ("whole"), or those of a frame at a time ("frames", and wherever text comes between).
     """
 
     function: Callable
@@ -374,7 +371,6 @@ class Layout(NamedTuple):
     reads: tuple[str, ...] = ()
     control: tuple[str, ...] = ()
     video: str = "frames"
-    between: str = ""
 
 
 def control_of(form: dict) -> tuple[str, ...]:
@@ -383,12 +379,16 @@ def control_of(form: dict) -> tuple[str, ...]:
     return (*form.get("control", ()), *(layout.control if layout else ()))
 
 
-READ_BY_SOME = ("base", "unpad", "max_tiles", "pool", "stride", "fast_every")
+READ_BY_SOME = ("base", "unpad", "max_tiles", "pool", "stride", "fast_every", "between")
 LAYOUTS = {
-    "flat": Layout(_flat, ("none", "end"), video="whole"),
-    "tiles": Layout(_tiles, ("none", "row"), ("base", "unpad", "max_tiles", "pool", "stride")),
-    "square": Layout(_square, ("none", "row"), ("unpad",)),
-    "slices": Layout(_slices, control=("<image>", "</image>", "<slice>", "</slice>"), between="\n"),
+    "flat": Layout(_flat, ("none", "end"), ("between",), video="whole"),
+    "tiles": Layout(
+        _tiles, ("none", "row"), ("base", "unpad", "max_tiles", "pool", "stride", "between")
+    ),
+    "square": Layout(_square, ("none", "row"), ("unpad", "between")),
+    "slices": Layout(
+        _slices, reads=("between",), control=("<image>", "</image>", "<slice>", "</slice>")
+    ),
     "numbered": Layout(_numbered, control=("<img>", "</img>"), video="whole"),
     "frames": Layout(
         _frames, ("none", "row", "frame", "end"), ("pool", "stride", "fast_every"), video="whole"

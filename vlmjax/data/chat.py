@@ -51,7 +51,7 @@ class Piece(NamedTuple):
     """A part of a conversation.
 
     Attributes:
-      kind: CONTROL, TEXT, ALONE or VISUAL.
+      kind: CONTROL, TEXT or VISUAL.
       value: the text, or the token that stands at visual slots.
       trained: whether it belongs to an answer.
       decides: whether it follows a stream message.
@@ -227,8 +227,8 @@ def encode(
     Args:
       messages: checked messages; video parts carry their `timestamps`.
       pictures: what is shown for each image, frame or whole video in reading order: how many visual
-        tokens; or a sequence of (VISUAL, i32[k] its tokens) with (TEXT, str), (ALONE, str) and
-        (CONTROL, str).
+        tokens; or a sequence of (VISUAL, i32[k] its tokens) with (TEXT, str) and (CONTROL,
+        str).
       tokenizer: knows the control tokens that the messages need.
       image_token: placeholder of images.
       video_token: placeholder of video and stream frames.

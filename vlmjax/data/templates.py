@@ -11,7 +11,6 @@ import re
 from dataclasses import dataclass, field
 
 CONTROL, TEXT, VISUAL = "control", "text", "visual"
-ALONE = "alone"  # text that is tokenised by itself
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def picture(raw: dict, file: Path, cfg: VLMConfig) -> dict:
         patch=s["patch_size"],
         max_slices=s["max_slice_nums"],
     )
-    return dict(strategy=(slices,), format=dict(layout="slices"))
+    return dict(strategy=(slices,), format=dict(layout="slices", between="\n"))
 
 
 def template(raw: dict, file: Path, has) -> str:

@@ -102,6 +102,7 @@ def _scales(raw: dict, file: Path) -> tuple[int, ...]:
 def picture(raw: dict, file: Path, cfg: VLMConfig) -> dict:
     """The settings of a `data.picture.PictureConfig`."""
     side = settings(part(file, "vision_tower"))["image_size"]
+    frames = dict(frame_format=dict(between="\n"))  # each frame is an image in the text
     if raw.get("s2"):
         need(raw, file, "image_aspect_ratio", "resize")
         scales, grid = _scales(raw, file), cfg.vision.side
@@ -110,12 +111,13 @@ def picture(raw: dict, file: Path, cfg: VLMConfig) -> dict:
             strategy=(dict(name="s2", side=side, scales=scales),),
             stitch="tiles",
             resample=((), *larger),
+            **frames,
         )
     mode = raw.get("image_aspect_ratio")
     if mode not in ("resize", "pad"):
         need(raw, file, "image_aspect_ratio", "resize or pad")
     view = dict(name="square", side=side, mode=mode)
-    return dict(strategy=(view | {"fill": mean_colour(cfg.vision.mean)},))
+    return dict(strategy=(view | {"fill": mean_colour(cfg.vision.mean)},), **frames)
 
 
 def template(raw: dict, file: Path, has) -> str:
