@@ -41,7 +41,7 @@ RENDERED = {
     "<|im_start|>user\nSure?<|im_end|><|im_start|>assistant\nYes.<|im_end|>",
     "internvl_phi3": f"<s><|system|>\n{INTERNVL}<|end|><|user|>\n<|image_pad|>\nWhat is it?<|end|>"
     "<|assistant|>\nA cat.<|end|><|user|>\nSure?<|end|><|assistant|>\nYes.<|end|>",
-    "internvl_zh": "<s><human>: <|image_pad|>\nWhat is it? <bot>: A cat.</s>"
+    "internvl_zh": "<s> <human>: <|image_pad|>\nWhat is it? <bot>: A cat.</s>"
     "<human>: Sure? <bot>: Yes.</s>",
     "vila_llama3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
     f"{LLAMA_3}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n<|image_pad|>\nWhat is it?"

@@ -202,7 +202,7 @@ TEMPLATES = {
     "internvl_zh": Template(
         turns={"user": ("<human>: ", " "), "assistant": ("<bot>: ", "</s>")},
         answer="<bot>:",
-        start="<s>",  # without the space that no system message leaves there
+        start="<s> ",  # what follows a system message, of which there is none
         controls=("<s>", "</s>"),
         stops=("</s>",),
         document="</s>",
