@@ -115,6 +115,7 @@ def adamw(**settings):
             wd=0.0,
             clip="global_norm",
             clip_at=1.0,
+            skip_above=0.0,
             schedule="cosine",
             warmup=0.03,
         )

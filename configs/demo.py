@@ -112,6 +112,7 @@ def get_config(arg=None):
         wd=0.0,
         clip="global_norm",
         clip_at=1.0,
+        skip_above=0.0,
         schedule="cosine",
         warmup=0.03,
     )

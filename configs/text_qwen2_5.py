@@ -33,6 +33,7 @@ def get_config(arg=None):
         moment_dtype="float32",
         wd=0.0,
         clip="global_norm",
+        skip_above=0.0,
         schedule="cosine",
         warmup=0.03,
     )

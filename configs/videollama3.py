@@ -109,7 +109,13 @@ def get_config(arg=None):
         1: (("vision/.*", 1e-5), ("connector/.*", 1e-3), ("llm/.*", None)),
     }.get(stage, (("vision/.*", 2e-6), ("connector/.*", 1e-5), ("llm/.*", 1e-5)))
     c.optim = dict(
-        name="adamw", moment_dtype="float32", wd=0.0, clip="none", schedule="cosine", warmup=0.03
+        name="adamw",
+        moment_dtype="float32",
+        wd=0.0,
+        clip="none",
+        skip_above=0.0,
+        schedule="cosine",
+        warmup=0.03,
     )
     c.processor = dict(
         patch=14,

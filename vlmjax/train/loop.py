@@ -17,11 +17,7 @@ from vlmjax.train.optimizer import schedule
 from vlmjax.train.profile import traced
 from vlmjax.train.program import batch_shapes, make_program
 from vlmjax.train.step import TrainState
-
-
-class NonFiniteLoss(ValueError):
-    """The loss became NaN or infinite; names the step and the records in its batch."""
-
+from vlmjax.train.watch import Watch
 
 # How a config, and a command line, say that weights start at random.
 RANDOM = (None, "random", "None")
@@ -110,6 +106,29 @@ def make_workdir(workdir):
     return Path(workdir)
 
 
+def write_config(config, workdir, start):
+    """Writes config.json; returns lines on what differs from the one that the steps before had.
+
+    Where something does, that one is kept as config_until_STEP.json.
+    """
+    file, text = workdir / "config.json", config.to_json_best_effort(indent=1)
+    before = file.read_text() if file.exists() else text
+    old, new = (_leaves(json.loads(x)) for x in (before, text))
+    keys = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
+    if keys and start:
+        (workdir / f"config_until_{start}.json").write_text(before)
+    file.write_text(text)
+    lines = (f"{key} was {old.get(key)}, is {new.get(key)}" for key in keys)
+    return [f"from step {start + 1} on {line}" for line in lines]
+
+
+def _leaves(tree, prefix=""):
+    """Returns {dotted name: value} of nested dicts."""
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: tree}
+    return {k: v for key, x in tree.items() for k, v in _leaves(x, f"{prefix}{key}.").items()}
+
+
 def make_state(run, program, workdir):
     """Returns (TrainState on the mesh, meta of its checkpoint): from `workdir`, or fresh, None.
 
@@ -129,19 +148,6 @@ def make_state(run, program, workdir):
             "give each stage a workdir of its own"
         )
     return TrainState(**arrays), meta
-
-
-def check_finite(step, values, ids):
-    """Raises `NonFiniteLoss` when the loss or a gradient norm of a step is not a number."""
-    bad = {k: float(v) for k, v in values.items() if not math.isfinite(v)}
-    if bad:
-        raise NonFiniteLoss(
-            f"{', '.join(f'{k} is {v}' for k, v in bad.items())} at step {step}; training stopped, "
-            "this step is not saved. The steps before it may have done the damage: if a resumed "
-            "run ends here again, delete the newest checkpoint. The records of that batch: "
-            f"{', '.join(ids)}. Lower the learning rate, set optim.clip='global_norm', or look at "
-            "these records"
-        )
 
 
 def compile_steps(run, budgets, program, mesh, say):
@@ -216,15 +222,15 @@ def train(config, workdir, tensorboard=False, profile=None):
     with jax.set_mesh(mesh), preemption() as preempted:
         program = make_program(run, mesh)
         state, saved = make_state(run, program, workdir)
+        start, changed = int(state.step), []
         if jax.process_index() == 0:  # what was refused above leaves the one of before
-            (workdir / "config.json").write_text(config.to_json_best_effort(indent=1))
+            changed = write_config(config, workdir, start)
         factor = schedule(run.optim, run.train.steps)
 
         budgets = build.make_budgets(run)
-        start = int(state.step)
         feed = open_feed(run, budgets, mesh, saved, start, workdir)
         steps = traced(range(start + 1, run.train.steps + 1), profile, workdir / "profile")
-        train_steps, window, waited, pending, losses = [], [], 0.0, None, {}
+        train_steps, window, waited, pending, watch = [], [], 0.0, [], Watch()
         began = time.monotonic()
         with (
             metrics.Writer(workdir, run.train.steps, start, tensorboard) as writer,
@@ -232,7 +238,9 @@ def train(config, workdir, tensorboard=False, profile=None):
         ):
             if feed.absent:
                 names = ", ".join(feed.absent)
-                writer.say(f"{len(feed.absent)} sources are not there, left out are {names}")
+                changed += [f"{len(feed.absent)} sources are not there, left out are {names}"]
+            for line in changed:
+                writer.say(line)
             if start < run.train.steps:
                 train_steps = compile_steps(run, budgets, program, mesh, writer.say)
             last = time.monotonic()
@@ -250,19 +258,17 @@ def train(config, workdir, tensorboard=False, profile=None):
                 last_step = step == run.train.steps or stopped
                 log = step % run.train.log_every == 0 or step == start + 1 or last_step
                 save = step % run.train.save_every == 0 or last_step
-                unseen = [pending] * bool(pending) + [(step, values, packed.ids)] * (log or save)
-                for done, done_values, ids in unseen:
-                    check_finite(done, done_values, ids)
-                    losses[done] = float(done_values["loss"])
-                pending = (step, values, packed.ids)
+                pending.append((step, values, packed.ids))
+                seen = pending if log or save else pending[:-1]
+                for said in filter(None, [watch.see(*one) for one in seen]):
+                    writer.say(said)
+                pending = pending[len(seen) :]
                 window.append((packed.bucket, packed.stats))
 
                 if log:
                     now = time.monotonic()
-                    line = {k: float(v) for k, v in values.items()}
-                    line["loss"] = float(
-                        np.mean([losses[s] for s in losses if s > step - len(window)])
-                    )
+                    line = {k: float(v) for k, v in values.items() if math.isfinite(v)}
+                    line |= watch.since(step - len(window))
                     line["lr_factor"] = float(factor(step - 1))
                     line["data_wait"] = waited / (now - last)
                     totals = feed.totals([stats for _, stats in window], run.train.rows)
@@ -279,7 +285,7 @@ def train(config, workdir, tensorboard=False, profile=None):
                     break
         feed.batches.close()
         seconds = time.monotonic() - began
-        return summarise(run, workdir, int(state.step), len(train_steps), losses, seconds)
+        return summarise(run, workdir, int(state.step), len(train_steps), watch.losses, seconds)
 
 
 def summarise(run, workdir, step, compiles, losses, seconds):

@@ -91,7 +91,7 @@ def plot_curve(workdir, title):
     rows = read(workdir)
     steps = [m["step"] for m in rows]
     figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(7, 5), height_ratios=(3, 1))
-    top.plot(steps, [m["loss"] for m in rows])
+    top.plot(steps, [m.get("loss", math.nan) for m in rows])
     top.set(ylabel="loss", title=title)
     top.grid(alpha=0.3)
     for name, label in (("token_fill", "tokens"), ("patch_fill", "patches")):

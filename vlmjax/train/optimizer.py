@@ -23,6 +23,9 @@ class OptimConfig:
       clip: "none", "global_norm" (all gradients together), "block_rms" (each parameter) or
         "value" (each element).
       clip_at: its threshold.
+      skip_above: a step whose gradient norm, all parameters together, is above this or not a number
+        changes nothing; inf: only what is not a number. 0: none is left out, and the run stops at
+        what is not a number.
       schedule: a key of `SCHEDULES`, from 1 to 0 over the steps after warm-up.
       warmup: share of the steps with a linear rise from 0.
       moment_dtype: storage of the moments, a key of `moments.STORAGE`; all arithmetic is in f32.
@@ -35,6 +38,7 @@ class OptimConfig:
     wd: float = 0.0
     clip: str = "none"
     clip_at: float = 1.0
+    skip_above: float = 0.0
     schedule: str = "cosine"
     warmup: float = 0.03
     moment_dtype: str = "float32"

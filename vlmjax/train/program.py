@@ -46,7 +46,9 @@ def make_program(run, mesh):
 
     abstract = jax.eval_shape(fresh, shapes)
     placed = jax.tree_util.tree_map_with_path(place, abstract)
-    step = make_train_step(graphdef, objective, optimizer, run.train.accumulate)
+    step = make_train_step(
+        graphdef, objective, optimizer, run.train.accumulate, run.optim.skip_above
+    )
     return Program(
         step=jax.jit(step, donate_argnums=0, out_shardings=(placed, None)),
         state=jax.tree.map(

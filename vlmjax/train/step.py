@@ -33,7 +33,12 @@ def init_state(params, lrs, optimizer, frozen_dtype):
     return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(trainable))
 
 
-def make_train_step(graphdef, objective, optimizer, accumulate=1):
+def _counts(x):
+    """Whether a leaf of the optimizer's state is a number of steps."""
+    return x.ndim == 0 and jnp.issubdtype(x.dtype, jnp.integer)
+
+
+def make_train_step(graphdef, objective, optimizer, accumulate=1, skip_above=0.0):
     """Returns train_step(state, batch) -> (state, metrics).
 
     Args:
@@ -43,6 +48,7 @@ def make_train_step(graphdef, objective, optimizer, accumulate=1):
       accumulate: micro-batches that the rows of a batch are cut into; their gradients are added up,
         which gives the gradient of the whole batch because the loss is a sum with weights
         made for the whole batch.
+      skip_above: of `OptimConfig`.
 
     The weights of a batch are made to sum to 1 here: hosts pack rows without those of the others.
     """
@@ -73,11 +79,16 @@ def make_train_step(graphdef, objective, optimizer, accumulate=1):
         (loss, metrics), grads = gradient(state, batch)
         updates, opt = optimizer.update(grads, state.opt, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        norms = {f"grad_norm/{m}": n for m, n in module_norms(grads).items()}
-        return TrainState(state.step + 1, trainable, state.frozen, opt), {
-            "loss": loss,
-            **metrics,
-            **norms,
-        }
+        norms = module_norms(grads)
+        values = {"loss": loss, **metrics} | {f"grad_norm/{m}": n for m, n in norms.items()}
+        if skip_above:
+            norm = jnp.sqrt(sum(jnp.square(n) for n in norms.values()))
+            good = jnp.isfinite(loss) & jnp.isfinite(norm) & (norm <= skip_above)
+            values["skipped"] = 1 - good
+            before, after = (state.trainable, state.opt), (trainable, opt)
+            trainable, opt = jax.tree.map(
+                lambda a, b: b if _counts(b) else jnp.where(good, b, a), before, after
+            )
+        return TrainState(state.step + 1, trainable, state.frozen, opt), values
 
     return train_step
