@@ -288,7 +288,7 @@ def _conversation(messages, template, tokens, grounding, generation):
         made += [Piece(*piece, piece[0] != VISUAL) for piece in content]
         ends = template.document and not generation
         return made + ([Piece(CONTROL, template.document, True)] if ends else [])
-    if template.system and messages[0]["role"] != "system":
+    if template.system is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": template.system}, *messages]
     for number, message in enumerate(messages, 1):
         role = message["role"]

@@ -178,7 +178,7 @@ def _candidates(ask, known, bos):
             continue  # it is cut inside a control token
         start, system, turn = _system(ask, start, user_before, bos)
         turns |= {"system": turn} if turn else {}
-        yield Template(turns, answer, (), (), start=start, system=system, end=end)
+        yield Template(turns, answer, (), (), start=start, system=system or None, end=end)
 
 
 def _system(ask, start, user_before, bos):

@@ -23,7 +23,7 @@ class Template:
       answer: what comes before an answer that is to be generated.
       controls: the control tokens in all of these texts.
       start: what comes before the first message.
-      system: system message of a conversation that brings none; "" = none.
+      system: system message, which may be empty, of a conversation that brings none; None = none.
       picture: what comes before and after a picture or video.
       place: of pictures, "inside" the message or "first", in front of all that belongs to it.
       video: "frames" shows each frame as a picture with its time, "whole" leaves it to the format
@@ -41,7 +41,7 @@ class Template:
     controls: tuple[str, ...]
     stops: tuple[str, ...]
     start: str = ""
-    system: str = ""
+    system: str | None = None
     picture: tuple[str, str] = ("", "\n")
     place: str = "inside"
     video: str = "whole"
@@ -200,9 +200,14 @@ TEMPLATES = {
     "internvl_2_5": _chatml(system=INTERNVL_2_5),
     "internvl_phi3": _phi3("", system=INTERNVL),
     "internvl_zh": Template(
-        turns={"user": ("<human>: ", " "), "assistant": ("<bot>: ", "</s>")},
+        turns={
+            "system": ("", " "),
+            "user": ("<human>: ", " "),
+            "assistant": ("<bot>: ", "</s>"),
+        },
         answer="<bot>:",
-        start="<s> ",  # what follows a system message, of which there is none
+        system="",
+        start="<s>",
         controls=("<s>", "</s>"),
         stops=("</s>",),
         document="</s>",
