@@ -30,7 +30,7 @@ if [ "$command" = test ]; then
   install test-torch "torch==2.13.0"
   install test -e ".[test]"
   install test-vision --no-deps "torchvision==0.28.0"
-  exec $bin/python -m pytest -n 2 "$@"
+  exec $bin/python -m pytest -n 2 --dist worksteal "$@"
 fi
 
 say "installing"

@@ -92,7 +92,7 @@ def test_training_loses_little(tmp_path):
         assert reached[dtype] == pytest.approx(reached["float32"], rel=0.03), reached
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_resumed_equals_uninterrupted(tmp_path):
     config = tiny_config(tmp_path, train__log_every=1, optim__moment_dtype="int8")
     for name in ("whole", "cut"):

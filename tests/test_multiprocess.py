@@ -27,9 +27,12 @@ for name, config in pickle.loads((folder / "configs").read_bytes()).items():
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_equal_one(tmp_path):
-    """Weights sharded over both; then a stage that starts from these, one copy in each."""
+    """Weights sharded over both; then a stage that starts from these, one copy in each.
+
+    `test_data_engine.py` compares the losses of one, two and four in every run of `.ci/run`.
+    """
     saved = []
     for num in (1, 2):
         folder = tmp_path / str(num)

@@ -15,7 +15,7 @@ from vlmjax.train import loop, metrics
 from vlmjax.train.watch import Diverged
 
 
-@pytest.mark.parametrize("moments", ["float32", "int8"])
+@pytest.mark.parametrize("moments", ["float32", pytest.param("int8", marks=pytest.mark.long)])
 def test_a_step_that_is_left_out_changes_nothing(tmp_path, moments):
     """Weights and moments, bit for bit, at a norm above the limit and at what is not a number."""
     run = build.resolve(tiny_config(tmp_path, optim__skip_above=1e9, optim__moment_dtype=moments))

@@ -12,8 +12,15 @@ BASELINES = {
 }
 
 
+LONG = ("v5e", "vision", 256, "backward", SLOTS)  # a minute
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("what", BASELINES, ids=str)
+@pytest.mark.parametrize(
+    "what",
+    [pytest.param(w, marks=pytest.mark.long) if w == LONG else w for w in BASELINES],
+    ids=str,
+)
 def test_cycles_do_not_grow(what):
     cycles, milliseconds = BASELINES[what]
     line = report(*what)

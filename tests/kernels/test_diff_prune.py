@@ -105,7 +105,10 @@ COMPILED = [(180, 576, 588), (33, 1020, 588), (5, 9, 768), (180, 64, 3072), (1, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize(
+    "chip",
+    ["v5e:2x2", *(pytest.param(c, marks=pytest.mark.long) for c in ("v5p:2x2x1", "v6e:2x2"))],
+)
 def test_compiles_ahead_of_time(chip):
     """By the real compiler: every frame moves once, and nothing beside the results is stored."""
     mesh = jax.sharding.Mesh(Topology(chip).devices[:1], ("x",))
