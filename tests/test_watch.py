@@ -12,7 +12,7 @@ from tiny import tiny_config
 
 from vlmjax import build
 from vlmjax.train import loop, metrics
-from vlmjax.train.watch import Diverged
+from vlmjax.train.watch import Diverged, Watch
 
 
 @pytest.mark.parametrize("moments", ["float32", pytest.param("int8", marks=pytest.mark.long)])
@@ -66,3 +66,16 @@ def test_what_a_resumed_run_changes_is_said(tmp_path, capsys):
         "from step 3 on optim.b2 was" in said and "from step 3 on train.steps was 2, is 3" in said
     )
     assert (tmp_path / "run/config_until_2.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("num", "ends"), [(0, None), (1, (0, 0)), (4, (0.5, 2.5)), (99, (9.5, 88.5))]
+)
+def test_means_of_a_session(num, ends):
+    """Lines are of what came since the line before, a summary of at most 20 at either end."""
+    watch = Watch()
+    for step in range(num):
+        assert watch.see(step, {"loss": float(step)}, ()) is None
+        if step % 3 == 2:
+            assert watch.line() == {"loss": step - 1, "skipped": 0}
+    assert watch.ends() == ends and watch.line()["loss"] == (num - 1 if num % 3 else None)

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from vlmjax import build, checkpoint, hf, sharding
 from vlmjax.nn import flatten
@@ -194,7 +193,10 @@ def throughput(run, budgets, window, seconds, trained):
     names = ("samples", "tokens", "supervised", "visual", "visual_before_pruning")
     total = {name: sum(getattr(s, name) for s in stats) for name in names}
     work = sum(sum(flops.train_flops(run.model, s, trained).values()) for s in stats)
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return {
+        "seconds_per_step": seconds / len(window),
+        "peak_memory_gib": memory and memory / 2**30,  # of a device of this host; None on CPU
         "samples_per_second": total["samples"] / seconds,
         "tokens_per_second": total["tokens"] / seconds,
         "patches_per_second": sum(sum(s.patches) for s in stats) / seconds,
@@ -268,7 +270,7 @@ def train(config, workdir, tensorboard=False, profile=None):
                 if log:
                     now = time.monotonic()
                     line = {k: float(v) for k, v in values.items() if math.isfinite(v)}
-                    line |= watch.since(step - len(window))
+                    line |= watch.line()
                     line["lr_factor"] = float(factor(step - 1))
                     line["data_wait"] = waited / (now - last)
                     totals = feed.totals([stats for _, stats in window], run.train.rows)
@@ -285,23 +287,29 @@ def train(config, workdir, tensorboard=False, profile=None):
                     break
         feed.batches.close()
         seconds = time.monotonic() - began
-        return summarise(run, workdir, int(state.step), len(train_steps), watch.losses, seconds)
+        return summarise(run, workdir, int(state.step), len(train_steps), watch.ends(), seconds)
 
 
-def summarise(run, workdir, step, compiles, losses, seconds):
-    """Writes loss.png and summary.json of a stage; returns the summary of all sessions."""
-    file, losses = workdir / "summary.json", list(losses.values())
+def summarise(run, workdir, step, compiles, ends, seconds):
+    """Writes loss.png and summary.json of a stage; returns the summary of all sessions.
+
+    Args:
+      run: a `build.Run`.
+      workdir: folder of the run.
+      step, compiles, seconds: of this session.
+      ends: mean of its first and of its last losses, None where it had none.
+    """
+    file = workdir / "summary.json"
     before = json.loads(file.read_text()) if file.exists() else {}
-    if not losses:
+    if ends is None:
         return before
-    ends = max(min(20, len(losses) // 2), 1)
     summary = {
         "stage": run.stage,
         "steps": step,
         "seconds": round(seconds + before.get("seconds", 0), 1),
         "compiles": compiles,
-        "loss_first": before.get("loss_first", float(np.mean(losses[:ends]))),
-        "loss_last": float(np.mean(losses[-ends:])),
+        "loss_first": before.get("loss_first", ends[0]),
+        "loss_last": ends[1],
     }
     if jax.process_index() == 0:
         metrics.plot_curve(workdir, f"stage {run.stage}")
