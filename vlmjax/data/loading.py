@@ -8,6 +8,7 @@ was no error within 25 s, and segments stayed in /dev/shm.
 """
 
 import collections
+import ctypes
 import faulthandler
 import itertools
 import math
@@ -273,6 +274,21 @@ def _anonymous_file():
     return tempfile.TemporaryFile()
 
 
+def keep_memory():
+    """Has glibc keep up to 256 MiB that were freed for what comes next; elsewhere does nothing.
+
+    Else it returns the arrays of every picture, and the kernel clears those of the next: a fifth of
+    the time that a sample takes.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+    mallopt(mmap_threshold, 32 << 20)  # the most it takes
+    mallopt(trim_threshold, 256 << 20)
+
+
 def serve(connection, setup, stacks):
     """Makes the rows that are asked for until the parent is gone; the body of a worker.
 
@@ -281,6 +297,7 @@ def serve(connection, setup, stacks):
       setup: of a file that holds the pickled rows.
       stacks: of a file to write stacks to, on SIGUSR1 and in a crash.
     """
+    keep_memory()
     faulthandler.enable(stacks)
     faulthandler.register(signal.SIGUSR1, stacks)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
