@@ -1,5 +1,5 @@
 """What steps were estimated to need and take when last improved (jax 0.10.2, libtpu 0.0.51;
-those of text hold with 0.0.52).
+they hold with 0.0.52).
 
 They compile for minutes: pytest -m long tests/aot/test_aot_baselines.py
 """
