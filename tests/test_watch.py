@@ -79,3 +79,9 @@ def test_means_of_a_session(num, ends):
         if step % 3 == 2:
             assert watch.line() == {"loss": step - 1, "skipped": 0}
     assert watch.ends() == ends and watch.line()["loss"] == (num - 1 if num % 3 else None)
+
+
+def test_a_metric_that_is_no_number_stops_the_run():
+    """Whichever an objective returns beside its loss."""
+    with pytest.raises(Diverged, match="accuracy is nan at step 3; .* records of that batch: r1"):
+        Watch().see(3, {"loss": 1.0, "accuracy": math.nan}, ("r1",))

@@ -10,7 +10,7 @@ MOST = 10  # steps in a row that are left out before the run stops
 
 
 class Diverged(ValueError):
-    """A loss or gradient became NaN or infinite, or too many steps in a row were left out; names
+    """A metric became NaN or infinite, or too many steps in a row were left out; names
     the step and the records in its batch."""
 
 
@@ -44,7 +44,7 @@ class Watch:
                     "optim.skip_above, lower the learning rate, or delete the newest checkpoints"
                 )
             return said
-        bad = {k: v for k, v in shown.items() if not math.isfinite(v)}
+        bad = {k: float(v) for k, v in values.items() if not math.isfinite(v)}
         if bad:
             raise Diverged(
                 f"{', '.join(f'{k} is {v}' for k, v in bad.items())} at step {step}; training "
