@@ -36,7 +36,7 @@ def make_chat_template(template: Template, image: str, video: str) -> str:
     lines = []
     if template.start:
         lines.append(_say(template.start))
-    if template.system:
+    if template.system is not None:
         turn = template.turns["system"]
         lines += [
             "{%- if messages[0]['role'] != 'system' %}",
@@ -146,7 +146,9 @@ def find_template(tokenizer: Tokenizer, image: str, jinja: str | None = None) ->
             continue
         ours = chat.render(PROBE, image, image, generation=True, template=template)
         ours = ours.removeprefix(template.start)
-        system = template.system.join(template.turns.get("system", ("", "")))
+        system = ""
+        if template.system is not None:
+            system = template.system.join(template.turns["system"])
         rest = theirs.removeprefix(template.start)
         if ours in (rest, system + rest):
             other = chat.render([*PROBE, ANSWER], image, image, template=template)
