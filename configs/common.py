@@ -82,6 +82,22 @@ def data(**settings):
     )
 
 
+def evaluation(**settings):
+    """Returns the eval section: `settings` over the defaults of `vlmjax.build.EvalConfig`."""
+    return (
+        dict(
+            sources=(),
+            every=0,
+            samples=120,
+            required_samples=200,
+            seed=1,
+            rows=64,
+            max_new_tokens=32,
+        )
+        | settings
+    )
+
+
 def choose(arg, **tables):
     """Raises ValueError unless each named argument is a key of its table."""
     wrong = {name: table for name, table in tables.items() if arg[name] not in table}
@@ -230,7 +246,7 @@ def recipe(
             frozen_dtype="bfloat16",
         ),
         mesh=mesh,
-        eval=dict(),
+        eval=evaluation(),
     )
 
 

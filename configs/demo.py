@@ -9,7 +9,7 @@ are the paper's.
 
 from ml_collections import ConfigDict
 
-from configs.common import data, parse_arg
+from configs.common import data, evaluation, parse_arg
 
 STEPS = {0: 400, 1: 500, 2: 1100, 3: 800, 4: 800}
 # Tokens, patches, visual tokens of a row, patches of a visual token at most: the mix of the stage
@@ -144,5 +144,5 @@ def get_config(arg=None):
         frozen_dtype="float32",
     )
     c.mesh = dict(data=-1, fsdp=1, seq=1, tensor=1)
-    c.eval = dict(samples=120, required_samples=200)
+    c.eval = evaluation()
     return c

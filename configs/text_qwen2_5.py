@@ -7,7 +7,7 @@ A row of 4,096 tokens for each chip, full remat, AdamW with float32 masters and 
 
 from ml_collections import ConfigDict
 
-from configs.common import data, parse_arg
+from configs.common import data, evaluation, parse_arg
 
 PRESET = {"1.5b": "qwen2_5_1_5b", "7b": "qwen2_5_7b"}
 
@@ -52,5 +52,5 @@ def get_config(arg=None):
         frozen_dtype="bfloat16",
     )
     c.mesh = dict(data=1, fsdp=-1, seq=1, tensor=1)
-    c.eval = dict()
+    c.eval = evaluation()
     return c

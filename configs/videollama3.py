@@ -13,7 +13,7 @@ and batch are those of the authors' scripts and paper.
 
 from ml_collections import ConfigDict
 
-from configs.common import data, parse_arg, slice_preset
+from configs.common import data, evaluation, parse_arg, slice_preset
 
 LLM = {"2b": "qwen2_5_1_5b", "7b": "qwen2_5_7b"}
 # Stage -> group -> (millions of samples, names), Tables 1 to 4. The text of stage 2 is that of
@@ -156,5 +156,5 @@ def get_config(arg=None):
         frozen_dtype="bfloat16",
     )
     c.mesh = mesh
-    c.eval = dict()
+    c.eval = evaluation()
     return c

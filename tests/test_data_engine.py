@@ -297,7 +297,7 @@ def test_groups_caps_absent_sources_and_settings_of_their_own(tmp_path):
     config.data.absent = "report"
     make_index(config)
     opened, found = batches(config, tmp_path, 8)
-    assert opened.absent == ("gone",) and set(opened.ledger.sizes) == {"shown", "text"}
+    assert opened.data.absent == ("gone",) and set(opened.ledger.sizes) == {"shown", "text"}
     plan, reader, _, _ = mix.planned(*planning(config))
     drawn = np.concatenate([row for step in range(300) for row in plan[step].rows])
     texts = drawn[drawn[:, 0] == 1, 1]

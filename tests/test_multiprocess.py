@@ -29,7 +29,8 @@ for name, config in pickle.loads((folder / "configs").read_bytes()).items():
 
 @pytest.mark.long
 def test_two_processes_equal_one(tmp_path):
-    """Weights sharded over both; then a stage that starts from these, one copy in each.
+    """Weights sharded over both; then a stage that starts from these, one copy in each. The loss of
+    held-out records, of which each has some, as well.
 
     `test_data_engine.py` compares the losses of one, two and four in every run of `.ci/run`.
     """
@@ -37,17 +38,23 @@ def test_two_processes_equal_one(tmp_path):
     for num in (1, 2):
         folder = tmp_path / str(num)
         folder.mkdir()
-        stage = dict(train__steps=3, train__log_every=1)
+        held = dict(spec=f"json:{folder / 'annotations.json'}", weight=1.0, held_out=3)
+        stage = dict(train__steps=3, train__log_every=1, eval__every=1, data__sources=(held,))
         configs = {
             "one": tiny_config(folder, **stage, mesh=dict(data=1, fsdp=2)),
             "two": tiny_config(folder, **stage, mesh=dict(data=2), init=str(folder / "one")),
         }
         (folder / "configs").write_bytes(pickle.dumps(configs))
         finish(folder, start(folder, CODE, (folder, num), num, 2))
-        losses = [m["loss"] for name in configs for m in metrics.read(folder / name)]
+        losses = [
+            m[loss]
+            for name in configs
+            for m in metrics.read(folder / name)
+            for loss in ("loss", "held_out_loss")
+        ]
         saved.append((losses, checkpoint.restore_params(folder / "two")[0]))
     (one, whole), (two, cut) = saved
-    assert len(one) == 6
+    assert len(one) == 12
     np.testing.assert_allclose(one, two, rtol=1e-6)
     for path, x in whole.items():
         np.testing.assert_allclose(x, cut[path], atol=1e-6, err_msg=path)

@@ -1,6 +1,5 @@
 """Training: what is frozen stays, what is resumed continues, what is wrong stops."""
 
-import json
 import os
 import re
 import signal
@@ -262,16 +261,17 @@ def test_eight_devices_equal_one(tmp_path):
 
     The gradients under every preset: `test_meshes.py`.
     """
+    held = dict(spec=f"json:{tmp_path / 'annotations.json'}", weight=1.0, held_out=2)
+    changes = dict(train__rows=8, train__steps=4, data__sources=(held,), eval__every=4)
     code = f"""
-import json, sys
+import sys
 sys.path[:0] = {sys.path!r}
 from pathlib import Path
 from tiny import tiny_config
 from vlmjax.train import loop
 folder = Path({str(tmp_path)!r})
 mesh = dict(data=2, fsdp=2, seq=1, tensor=2)
-c = tiny_config(folder, mesh=mesh, train__rows=8, train__steps=4)
-print(json.dumps(loop.train(c, folder / "run")["loss_last"]))
+loop.train(tiny_config(folder, mesh=mesh, **{changes!r}), folder / "run")
 """
     env = os.environ | {
         "JAX_NUM_CPU_DEVICES": "8",
@@ -279,10 +279,12 @@ print(json.dumps(loop.train(c, folder / "run")["loss_last"]))
     }
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    got = json.loads(done.stdout.splitlines()[-1])
-    want = loop.train(tiny_config(tmp_path, train__rows=8, train__steps=4), tmp_path / "one")[
-        "loss_last"
-    ]
+    loop.train(tiny_config(tmp_path, **changes), tmp_path / "one")
+    got, want = (
+        [m[name] for m in metrics.read(tmp_path / run) for name in sorted(m) if "loss" in name]
+        for run in ("run", "one")
+    )
+    assert len(want) == 5  # of three lines, the last one also of what is held out
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 from vlmjax import compatible, nn, sharding
 from vlmjax.batch import Budget
 from vlmjax.connectors import CONNECTORS
-from vlmjax.data import mix
+from vlmjax.data import held_out, mix
 from vlmjax.data.mix import DataConfig
 from vlmjax.data.picture import PictureConfig, Show, row_budget
 from vlmjax.data.processor import Processor, ProcessorConfig, control_tokens
@@ -57,6 +57,41 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """How to evaluate, in training and by the `eval` command.
+
+    Attributes:
+      sources: specs of held-out sources ("json:FILE"), beside the records that sources of training
+        hold out (`SourceConfig.held_out`). Where there is neither, `eval` takes the demo's test
+        split for a config that trains on the demo, else the sources that the config trains on.
+      every: steps of training between two measurements of the loss on all of these, a multiple of
+        train.log_every; the last step is measured too. 0 = none.
+      samples: of each demo task, or at most of each of `sources`, chosen by `seed`.
+      required_samples: of each demo task that must reach a given score.
+      seed: chooses the held-out records of `sources` and of the demo.
+      rows: prompts that are answered together.
+      max_new_tokens: most tokens of an answer.
+    """
+
+    sources: tuple = ()
+    every: int = 0
+    samples: int = 120
+    required_samples: int = 200
+    seed: int = 1
+    rows: int = 64
+    max_new_tokens: int = 32
+
+    def __post_init__(self):
+        lowest = dict(every=0, samples=2, required_samples=2, rows=1)
+        for name, least in lowest.items():
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"eval.{name}={getattr(self, name)} is not allowed: it must be at least "
+                    f"{least}; raise it"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """A resolved config."""
 
@@ -70,7 +105,7 @@ class Run:
     data: DataConfig
     processor: ProcessorConfig
     mesh: dict
-    eval: dict
+    eval: EvalConfig
 
 
 def frozen(value):
@@ -172,6 +207,13 @@ def resolve(config):
         )
     model = model_config(values["model"])
     processor = section(ProcessorConfig, values["processor"], "processor")
+    train = section(TrainConfig, values["train"], "train")
+    evaluation = section(EvalConfig, values["eval"], "eval")
+    if evaluation.every % train.log_every:
+        raise ValueError(
+            f"eval.every={evaluation.every} is not a multiple of train.log_every="
+            f"{train.log_every}: held-out losses stand in lines of the log; change one of them"
+        )
     compatible.check(model, processor.picture)
     return Run(
         stage=values["stage"],
@@ -180,11 +222,11 @@ def resolve(config):
         objective=values["objective"],
         lr=tuple(tuple(row) for row in values["lr"]),
         optim=section(OptimConfig, values["optim"], "optim"),
-        train=section(TrainConfig, values["train"], "train"),
+        train=train,
         data=section(DataConfig, values["data"], "data"),
         processor=processor,
         mesh=values["mesh"],
-        eval=values["eval"],
+        eval=evaluation,
     )
 
 
@@ -253,6 +295,36 @@ def open_data(run):
         return Processor(section(ProcessorConfig, settings, "processor"), tokenizer, run.model.form)
 
     return mix.open_data(run.data, make_processor, run.train.seed)
+
+
+def open_held_out(run, data):
+    """Returns the `data.held_out.HeldOut` of each source with held-out records.
+
+    Args:
+      run: a `Run`.
+      data: of `open_data`.
+
+    Raises:
+      ValueError: there are none, or a source is trained on as well.
+    """
+    found = held_out.of_data(data)
+    if specs := run.eval.sources:
+        if twice := sorted(set(specs) & {s.spec for s in run.data.mixed}):
+            raise ValueError(
+                f"eval.sources has {twice}, which data.sources trains on: hold records of it out, "
+                "dict(spec=..., weight=..., held_out=500), or name other files"
+            )
+        config = dict(sources=tuple((spec, 1.0) for spec in specs), groups=(), index="", epochs=0.0)
+        other = dataclasses.replace(run.data, **config)
+        other = open_data(dataclasses.replace(run, data=other))
+        found += held_out.of_sources(other, run.eval.samples, run.eval.seed)
+    if not found:
+        raise ValueError(
+            f"eval.every={run.eval.every} and there are no held-out records: name sources of their "
+            "own in eval.sources, let a source of training hold some out, dict(spec=..., "
+            "weight=..., held_out=500), or set eval.every=0"
+        )
+    return found
 
 
 def make_budgets(run):

@@ -78,7 +78,7 @@ def test_workers_and_interruption_change_nothing(tmp_path, monkeypatch):
     records, process = source(tmp_path), processor()
     whole = index.build(records, process, BUDGET, tmp_path / "whole")
     same(index.build(records, process, BUDGET, tmp_path / "two", workers=2), whole)
-    calls, measure = [], index._measure
+    calls, measure = [], index.measure
 
     def killed(*work):
         calls.append(work[-1])
@@ -86,7 +86,7 @@ def test_workers_and_interruption_change_nothing(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return measure(*work)
 
-    monkeypatch.setattr(index, "_measure", killed)
+    monkeypatch.setattr(index, "measure", killed)
     with pytest.raises(KeyboardInterrupt):
         index.build(records, process, BUDGET, tmp_path / "cut")
     with pytest.raises(ValueError, match="lacks 12 records still: make it with"):
@@ -98,14 +98,14 @@ def test_workers_and_interruption_change_nothing(tmp_path, monkeypatch):
 def test_media_that_were_repaired_are_measured_again(tmp_path, monkeypatch):
     """`data index` once more: only records whose media were at fault, whose lines then go."""
     records, process, folder = source(tmp_path), processor(), tmp_path / "index"
-    first, measured, measure = index.build(records, process, BUDGET, folder), [], index._measure
+    first, measured, measure = index.build(records, process, BUDGET, folder), [], index.measure
     written = (folder / "index.json").stat()
 
     def counted(*work):
         measured.extend(work[-1])
         return measure(*work)
 
-    monkeypatch.setattr(index, "_measure", counted)
+    monkeypatch.setattr(index, "measure", counted)
     same(index.build(records, process, BUDGET, folder), first)
     assert measured == [4] and (folder / "index.json").stat() == written
     picture(tmp_path, "gone.png", np.random.default_rng(0), (40, 40))

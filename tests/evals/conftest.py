@@ -7,7 +7,6 @@ import pytest
 
 from configs import demo as demo_config
 from vlmjax import build, checkpoint
-from vlmjax.evals.config import EvalConfig
 from vlmjax.generate.chat import Chat
 
 
@@ -18,7 +17,7 @@ def config():
     c.model.llm = dict(
         vocab=800, width=16, mlp=16, layers=1, heads=2, kv_heads=1, head_dim=8, tie=True
     )
-    c.eval = dataclasses.asdict(EvalConfig(samples=4, required_samples=4, rows=8))
+    c.eval = dataclasses.asdict(build.EvalConfig(samples=4, required_samples=4, rows=8))
     return c
 
 

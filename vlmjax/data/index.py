@@ -276,11 +276,18 @@ class _Measured:
         self.work = work
 
     def __getitem__(self, chunk):
-        return _measure(*self.work, chunk)
+        return measure(*self.work, chunk)
 
 
-def _measure(source, processor, budget, pixels, chunk):
-    """Returns (i32[n, sizes], u8[n] reasons, errors) of some records."""
+def measure(source, processor, budget, pixels, chunk):
+    """Returns (i32[n, sizes], u8[n] reasons, errors) of some records.
+
+    Args:
+      source, processor: see `reader.Reader`.
+      budget: `Budget` of a row.
+      pixels: one of `PIXELS`.
+      chunk: numbers of the records.
+    """
     sizes = np.zeros((len(chunk), len(budget.limits)), np.int32)
     reasons, errors = np.zeros(len(chunk), np.uint8), []
     for row, number in enumerate(chunk):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vlmjax.data import index
+from vlmjax.data import held_out, index
 from vlmjax.data.mixture import Mixture, permuted
 from vlmjax.data.plan import BALANCE, VERSION, Plan
 from vlmjax.data.reader import Reader
@@ -36,6 +36,8 @@ class SourceConfig:
       epochs: how often each of its records is drawn, relative to the others'.
       group: a name of `DataConfig.groups`, whose weight its sources share by number of records.
       cap: at most so many of its records, chosen by the seed of the run; 0 = all.
+      held_out: so many of its records are never drawn, the same in every run: `EvalConfig.every`
+        and the `eval` command measure the loss on them.
       processor: settings that differ from the run's, such as (("image_merge", 2), ("fps", 0.5)).
       media_root: folder of its media; "" = that of the run.
     """
@@ -46,15 +48,18 @@ class SourceConfig:
     epochs: float = 0.0
     group: str = ""
     cap: int = 0
+    held_out: int = 0
     processor: tuple = ()
     media_root: str = ""
 
     def __post_init__(self):
         given = [k for k in ("weight", "epochs", "group") if getattr(self, k)]
-        if len(given) != 1 or not all(map(_amount, (self.weight, self.epochs, self.cap))):
+        wrong = [x for x in (self.weight, self.epochs, self.cap, self.held_out) if not _amount(x)]
+        if len(given) != 1 or wrong or self.cap % 1 or self.held_out % 1:
             raise ValueError(
                 f"source {self.spec!r} has weight={self.weight}, epochs={self.epochs}, "
-                f"group={self.group!r}, cap={self.cap}: give one of the first three, above 0"
+                f"group={self.group!r}, cap={self.cap}, held_out={self.held_out}: give one of the "
+                "first three, above 0; the last two are numbers of records"
             )
         if not self.name:
             object.__setattr__(self, "name", self.spec)
@@ -282,13 +287,24 @@ def weights(data, counts):
 
 
 def _chosen(data, k, usable):
-    """Returns the records of a source in use: those given (None = all), or as many as its cap."""
+    """Returns the records of a source in use: of those given (None = all) what is not held out, or
+    as many of these as its cap."""
     cap, source = data.mixed[k].cap, data.sources[k]
+    held = held_out.chosen(source, data.mixed[k].held_out, data.names[k])
+    if len(held):
+        free = np.ones(len(source), bool)
+        free[held] = False
+        usable = np.flatnonzero(free) if usable is None else usable[free[usable]]
     if not cap or not hasattr(source, "__len__"):
         return usable
     usable = np.arange(len(source)) if usable is None else usable
     kept = permuted(np.arange(min(cap, len(usable))), len(usable), [(data.seed, 0)])
     return np.sort(usable[kept])
+
+
+def _limits(s):
+    """What an identity has of the records of a `SourceConfig` that are left out."""
+    return [s.cap, s.held_out] if s.held_out else [s.cap]
 
 
 def _mixture(data, records):
@@ -309,7 +325,7 @@ def streamed(data):
     records = [_chosen(data, k, None) for k in range(len(data.sources))]
     mixture, reader, shares = _mixture(data, records)
     identity = {"packing": "stream", "seed": data.seed, "numpy": NUMPY} | {
-        f"source {s.name}": [source.fingerprint, weight, s.cap]
+        f"source {s.name}": [source.fingerprint, weight, *_limits(s)]
         for s, source, weight in zip(data.mixed, data.sources, shares, strict=True)
     }
     return mixture, reader, json.loads(json.dumps(identity))
@@ -360,7 +376,7 @@ def planned(data, budgets, rows):
         "epochs": config.epochs,
         "changed_at": config.changed_at,
     } | {
-        f"source {s.name}": [found.digest, weight, s.cap]
+        f"source {s.name}": [found.digest, weight, *_limits(s)]
         for s, found, weight in zip(data.mixed, indices, shares, strict=True)
     }
     draws = mixture.epochs(config.epochs) if config.epochs else None

@@ -1,6 +1,6 @@
 """Sources: random-access sequences of records, opened by a spec "KIND:WHERE".
 
-demo:TASK             records of the embedded demo, without end
+demo:TASK[#SPLIT]     records of the embedded demo, train or test, without end
 json:FILE             LLaVA / VideoLLaMA3 annotations, a JSON list or JSON lines
 parquet:FILES         Hugging Face parquet, conversations or messages with pictures as columns
 tar:FILES             webdataset shards, not compressed
@@ -26,7 +26,8 @@ places are of files by path, size and time of change.
 def _demo(task, media_root, seed, folder):
     from vlmjax.data.demo import DemoSource
 
-    return DemoSource(task, "train", seed)
+    task, _, split = task.partition("#")
+    return DemoSource(task, split or "train", seed)
 
 
 def _json(file, media_root, seed, folder):

@@ -14,7 +14,6 @@ from vlmjax import build
 from vlmjax.batch import Budget
 from vlmjax.data.demo import TASKS, DemoSource
 from vlmjax.evals import pictures, report, scores
-from vlmjax.evals.config import EvalConfig
 from vlmjax.evals.loss import mean_loss
 from vlmjax.evals.swap import media, swap_media
 from vlmjax.generate.chat import Chat
@@ -51,7 +50,7 @@ def is_demo(config):
     """Returns whether a config trains on the demo and names no other held-out sources."""
     run = build.resolve(config)
     sources = [source.spec for source in run.data.mixed]
-    return all(s.startswith("demo:") for s in sources) and not run.eval.get("sources")
+    return all(s.startswith("demo:") for s in sources) and not run.eval.sources
 
 
 def run(config, workdir, output, export_dir=None):
@@ -64,7 +63,7 @@ def run(config, workdir, output, export_dir=None):
       export_dir: Hugging Face directory that the report names; None = "hf" in the output folder if
         there is one.
     """
-    settings = build.section(EvalConfig, config.eval.to_dict(), "eval")
+    settings = build.resolve(config).eval
     chat = Chat.from_run(workdir, config, settings.rows)
     results = evaluate(chat, settings)
     output = Path(output)
@@ -82,7 +81,7 @@ def evaluate(chat, settings):
 
     Args:
       chat: a `Chat`.
-      settings: an `EvalConfig`.
+      settings: a `build.EvalConfig`.
     """
     results = []
     for task in TASKS:

@@ -1,17 +1,20 @@
 """Teacher-forced loss of held-out samples, in one compiled program whatever their sizes."""
 
+import contextlib
 import functools
+import itertools
 import json
 from pathlib import Path
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from vlmjax import build
 from vlmjax.batch import Budget
+from vlmjax.data import held_out
+from vlmjax.data.loading import load
 from vlmjax.data.pack import check_fits, first_fit, pack
-from vlmjax.data.sources import open_source
-from vlmjax.evals.config import EvalConfig
 from vlmjax.generate.chat import Chat
 from vlmjax.nn import bind
 from vlmjax.objectives.sft import token_losses
@@ -20,6 +23,13 @@ from vlmjax.objectives.sft import token_losses
 @functools.partial(jax.jit, static_argnames=("graphdef",))
 def _losses(graphdef, params, batch):
     return token_losses(bind(graphdef, params), batch)
+
+
+def summed(generator, batch):
+    """Returns (sum of the losses of supervised tokens in nats, number of these tokens)."""
+    values = _losses(generator.graphdef, generator.params, batch)
+    supervised = batch.weights > 0
+    return float(np.asarray(values, np.float64)[supervised].sum()), int(supervised.sum())
 
 
 def mean_loss(generator, samples, budget, rows):
@@ -42,18 +52,17 @@ def mean_loss(generator, samples, budget, rows):
             if row is not None:
                 chosen[row].append(sample)
         waiting = [s for s, row in zip(waiting, places, strict=True) if row is None]
-        batch, stats = pack(chosen, budget, generator.config.form)
-        values = _losses(generator.graphdef, generator.params, batch)
-        total += float(np.asarray(values, np.float64)[batch.weights > 0].sum())
-        tokens += stats.supervised
+        loss, supervised = summed(generator, pack(chosen, budget, generator.config.form)[0])
+        total, tokens = total + loss, tokens + supervised
     return total / max(tokens, 1), tokens
 
 
 def run(config, workdir, output):
-    """Writes the loss of a run on held-out sources to report.json; returns the report.
+    """Writes the loss of a run on held-out records to report.json; returns the report.
 
-    The sources are those of the config's `eval` section; where it names none, those of `data`,
-    which the report says, since the model has seen them.
+    The records are those that `EvalConfig` says; of a config without any, records of the sources it
+    trains on, which the report says, since the model has seen them. Those that cannot be used are
+    in the report by id and reason.
 
     Args:
       config: ConfigDict of the run.
@@ -61,23 +70,34 @@ def run(config, workdir, output):
       output: folder of report.json.
     """
     resolved = build.resolve(config)
-    settings = build.section(EvalConfig, resolved.eval, "eval")
-    specs = settings.sources or tuple(s.spec for s in resolved.data.mixed)
-    chat = Chat.from_run(workdir, config)
-    found = {}
-    for spec in specs:
-        source = open_source(spec, resolved.data.media_root, settings.seed)
-        count = settings.samples
-        if hasattr(source, "__len__"):
-            count = min(count, len(source))
-        samples = [chat.processor(source[i]) for i in range(count)]
-        budget = Budget.largest(build.make_budgets(resolved))
-        loss, tokens = mean_loss(chat.generator, samples, budget, resolved.train.rows)
-        found[spec] = {"loss": loss, "tokens": tokens, "n": count}
-        print(f"{spec}  loss {loss:.4f}  {tokens} tokens of {count} records", flush=True)
-    report = {"held_out": bool(settings.sources), "sources": found}
-    if not settings.sources:
+    data, settings = build.open_data(resolved), resolved.eval
+    unseen = bool(settings.sources or any(s.held_out for s in resolved.data.mixed))
+    if unseen:
+        parts = build.open_held_out(resolved, data)
+    else:
         print("these are the sources the run trains on: name held-out ones in eval.sources")
+        parts = held_out.of_sources(data, settings.samples, settings.seed)
+    chat, found = Chat.from_run(workdir, config), {}
+    budget = Budget.largest(build.make_budgets(resolved))
+    parts, sizes, listed = zip(*(held_out.measured(part, budget) for part in parts), strict=True)
+    rows = held_out.Rounds(parts, sizes, budget, 1, (0,), resolved.model.form)
+    packed = load(rows, workers=resolved.data.workers, ahead=resolved.data.ahead)
+    with contextlib.closing(packed):
+        for part, steps, bad in zip(parts, rows.steps, listed, strict=True):
+            total, tokens, n = 0.0, 0, 0
+            unusable = {one["id"]: one["reason"] for one in bad}
+            for row in tqdm(itertools.islice(packed, steps), part.name, steps, unit="row"):
+                loss, supervised = summed(chat.generator, row.batch)
+                total, tokens, n = total + loss, tokens + supervised, n + len(row.ids)
+                unusable |= {one.id: one.reason for one in row.bad}
+            mean = total / tokens if tokens else None
+            found[part.name] = {"loss": mean, "tokens": tokens, "n": n, "unusable": unusable}
+            print(
+                f"{part.name}  loss {mean}  {tokens} tokens of {n} records, {len(unusable)} cannot "
+                "be used",
+                flush=True,
+            )
+    report = {"held_out": unseen, "sources": found}
     Path(output).mkdir(parents=True, exist_ok=True)
     (Path(output) / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     return report

@@ -49,19 +49,26 @@ class Feed(NamedTuple):
       local: numbers of the rows of a step that a batch has here; None = all of them.
       identity: what the order of the data depends on, for checkpoints.
       ledger: of records that cannot be used.
-      absent: names of sources that are not there.
+      data: a `mix.Data`.
     """
 
     batches: object
     local: tuple | None
     identity: dict
     ledger: Ledger
-    absent: tuple
+    data: mix.Data
 
     @property
     def apart(self):
         """Whether each host has rows of its own."""
         return self.local is not None and jax.process_count() > 1
+
+    @property
+    def notes(self):
+        """Lines for the log, on sources that are not there."""
+        absent = self.data.absent
+        names = ", ".join(absent)
+        return [f"{len(absent)} sources are not there, left out are {names}"] if absent else []
 
     def record(self, packed):
         """Lists the bad records of a `PackedBatch`; raises above the quota if one host can tell."""
@@ -78,6 +85,7 @@ class Feed(NamedTuple):
         """
         if not self.apart:
             check_alike("where the data stand", position)
+            self.ledger.check()
             return self.ledger.metrics()
         found = [[source, reason, n] for (source, reason), n in self.ledger.found.items()]
         hosts = gathered([found, self.ledger.repairs])
@@ -107,6 +115,21 @@ class Feed(NamedTuple):
         every = [jax.tree.unflatten(form, list(line)) for line in summed / copies]
         fills = summed[:, -2:] / jax.process_count()
         return [Stats(*s[:-2], *fill) for s, fill in zip(every, fills, strict=True)]
+
+
+def list_alike(ledger, source, found):
+    """Lists bad records of a source that all hosts have found, so that they come to one verdict.
+
+    Args:
+      ledger: a `Ledger`.
+      source: its name.
+      found: {"id", "reason", "message"} each.
+    """
+    for bad in found:
+        if jax.process_index():
+            ledger.count(source, bad["id"], bad["reason"])
+        else:
+            ledger.record(source, bad["id"], bad["reason"], bad["message"])
 
 
 def check_identity(saved, found, step, changed_at):
@@ -186,19 +209,15 @@ def open_feed(run, budgets, mesh, saved, step, workdir):
             **how,
         )
         batches = listed(prefetch(batches), ledger)
-        return Feed(batches, None, identity, ledger, data.absent)
+        return Feed(batches, None, identity, ledger, data)
     plan, reader, identity, indices = mix.planned(data, budgets, rows)
     check_alike("the data", identity)
     for name, index in zip(data.names, indices, strict=True):
-        for bad in index.bad():  # every host must come to the same verdict
-            if process:
-                ledger.count(name, bad["id"], bad["reason"])
-            else:
-                ledger.record(name, bad["id"], bad["reason"], bad["message"])
+        list_alike(ledger, name, index.bad())
     ledger.check()
     if saved and check_identity(saved.get("identity", {}), identity, step, config.changed_at):
         plan.first = Mark(*saved["position"])
     local = sharding.local_rows(mesh, rows)
     start = step - config.changed_at
     batches = planned_batches(plan, reader, budgets, local, start=start, **how)
-    return Feed(batches, local, identity, ledger, data.absent)
+    return Feed(batches, local, identity, ledger, data)

@@ -12,6 +12,7 @@ from vlmjax.nn import flatten
 from vlmjax.train import flops, metrics
 from vlmjax.train.cluster import preemption
 from vlmjax.train.feed import open_feed
+from vlmjax.train.held_out import HeldOutLoss
 from vlmjax.train.optimizer import schedule
 from vlmjax.train.profile import traced
 from vlmjax.train.program import batch_shapes, make_program
@@ -237,11 +238,9 @@ def train(config, workdir, tensorboard=False, profile=None):
         with (
             metrics.Writer(workdir, run.train.steps, start, tensorboard) as writer,
             checkpoint.Saver(workdir, run.train.keep) as saver,
+            HeldOutLoss(run, budgets, mesh, program, feed, start, writer.say) as held_out,
         ):
-            if feed.absent:
-                names = ", ".join(feed.absent)
-                changed += [f"{len(feed.absent)} sources are not there, left out are {names}"]
-            for line in changed:
+            for line in changed + feed.notes:
                 writer.say(line)
             if start < run.train.steps:
                 train_steps = compile_steps(run, budgets, program, mesh, writer.say)
@@ -273,11 +272,12 @@ def train(config, workdir, tensorboard=False, profile=None):
                     line |= watch.line()
                     line["lr_factor"] = float(factor(step - 1))
                     line["data_wait"] = waited / (now - last)
+                    line |= {} if stopped else held_out(state, step)
                     totals = feed.totals([stats for _, stats in window], run.train.rows)
                     window = [(bucket, s) for (bucket, _), s in zip(window, totals, strict=True)]
                     counts = throughput(run, budgets, window, now - last, program.trained)
                     writer.write(step, counts | line | feed.health(packed.position))
-                    window, waited, last = [], 0.0, now
+                    window, waited, last = [], 0.0, now + line.get("held_out_seconds", 0.0)
                 if save:
                     meta = {"position": packed.position, "stage": run.stage}
                     meta["identity"] = feed.identity

@@ -59,6 +59,7 @@ class Writer:
             f"{label} {metrics[name]:{form}}"
             for name, label, form in (
                 ("loss", "loss", ".4f"),
+                ("held_out_loss", "held out", ".4f"),
                 ("tokens_per_second", "tok/s", ",.0f"),
                 ("patches_per_second", "patch/s", ",.0f"),
                 ("token_fill", "fill", ".2f"),
@@ -82,7 +83,7 @@ def read(workdir):
 
 
 def plot_curve(workdir, title):
-    """Writes loss.png: training loss, and the fill of both buffers, against steps."""
+    """Writes loss.png: losses, in training and held out, and the fill of both buffers, by step."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -91,7 +92,10 @@ def plot_curve(workdir, title):
     rows = read(workdir)
     steps = [m["step"] for m in rows]
     figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(7, 5), height_ratios=(3, 1))
-    top.plot(steps, [m.get("loss", math.nan) for m in rows])
+    top.plot(steps, [m.get("loss", math.nan) for m in rows], label="training")
+    if measured := [(m["step"], m["held_out_loss"]) for m in rows if "held_out_loss" in m]:
+        top.plot(*zip(*measured, strict=True), "o-", markersize=3, label="held out")
+        top.legend(loc="upper right")
     top.set(ylabel="loss", title=title)
     top.grid(alpha=0.3)
     for name, label in (("token_fill", "tokens"), ("patch_fill", "patches")):

@@ -3,6 +3,7 @@
 `train` runs it, `aot` compiles it for chips that are not there.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,13 +12,14 @@ from vlmjax import build, sharding
 from vlmjax.batch import empty_batch
 from vlmjax.objectives import OBJECTIVES
 from vlmjax.train.optimizer import choose, make_optimizer, resolve_lr
-from vlmjax.train.step import TrainState, init_state, make_train_step
+from vlmjax.train.step import TrainState, init_state, make_train_step, measure_loss
 
 
 class Program(NamedTuple):
     """The step of a run on a mesh; nothing is allocated or compiled yet."""
 
     step: Any  # jitted (TrainState, Batch) -> (TrainState, metrics); donates the state
+    measure: Any  # jitted (TrainState, Batch) -> (sum of losses, number of supervised tokens)
     state: TrainState  # of ShapeDtypeStructs with shardings
     fresh: Any  # function {path: array} -> TrainState of step 0
     shapes: dict  # {path: ShapeDtypeStruct} of the parameters
@@ -49,8 +51,10 @@ def make_program(run, mesh):
     step = make_train_step(
         graphdef, objective, optimizer, run.train.accumulate, run.optim.skip_above
     )
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     return Program(
         step=jax.jit(step, donate_argnums=0, out_shardings=(placed, None)),
+        measure=jax.jit(partial(measure_loss, graphdef), out_shardings=whole),
         state=jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed
         ),
@@ -61,10 +65,11 @@ def make_program(run, mesh):
     )
 
 
-def batch_shapes(run, budget, mesh):
-    """Returns the `Batch` of ShapeDtypeStructs, with shardings, of a step with rows of `budget`."""
-    rows = sharding.rows_sharding(mesh)
+def batch_shapes(run, budget, mesh, rows=None):
+    """Returns the `Batch` of ShapeDtypeStructs, with shardings, of so many rows of `budget`; None =
+    those of a step."""
+    spread, rows = sharding.rows_sharding(mesh), rows or run.train.rows
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((run.train.rows, *x.shape[1:]), x.dtype, sharding=rows),
+        lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=spread),
         empty_batch(1, budget, run.model.form),
     )

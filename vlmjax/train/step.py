@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from vlmjax.nn import bind, unflatten
+from vlmjax.objectives.sft import token_losses
 from vlmjax.train.optimizer import module_norms
 
 
@@ -31,6 +32,18 @@ def init_state(params, lrs, optimizer, frozen_dtype):
     trainable = {p: x.astype(jnp.float32) for p, x in params.items() if lrs[p] is not None}
     frozen = {p: x.astype(frozen_dtype) for p, x in params.items() if lrs[p] is None}
     return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(trainable))
+
+
+def measure_loss(graphdef, state, batch):
+    """Returns (f32[] sum of the losses of supervised tokens in nats, i32[] number of these tokens).
+
+    Args:
+      graphdef: of `nn.unbind`.
+      state: a `TrainState`.
+      batch: a `Batch`; of its weights only whether they are above 0 counts.
+    """
+    model = bind(graphdef, unflatten(state.trainable | state.frozen))
+    return token_losses(model, batch).sum(), (batch.weights > 0).sum()
 
 
 def _counts(x):
