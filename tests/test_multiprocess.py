@@ -76,6 +76,41 @@ def test_a_sigterm_to_one_process_stops_both_at_the_same_step(tmp_path):
     assert saved == metrics.read(tmp_path / "run")[-1]["step"] < 40000
 
 
+ALONE = """
+import pickle, sys
+from pathlib import Path
+import jax
+from vlmjax.train import cluster, feed, loop
+cluster.join()
+folder = Path(sys.argv[1])
+
+def fails(self, packed):
+    raise OSError("a disk of this host is gone")
+
+if jax.process_index():
+    feed.Feed.record = fails
+with cluster.leave_on_error():
+    loop.train(pickle.loads((folder / "config").read_bytes()), folder / "run")
+"""
+
+
+@pytest.mark.slow
+def test_an_error_in_one_process_ends_both(tmp_path):
+    """The one at once, which jax would have wait for the other, and the other soon after."""
+    config = tiny_config(tmp_path, train__steps=40000, mesh=dict(data=2))
+    (tmp_path / "config").write_bytes(pickle.dumps(config))
+    other, failed = start(tmp_path, ALONE, (tmp_path,), 2, 2)
+    try:
+        assert failed.wait(timeout=200) == 1
+        assert other.wait(timeout=150) != 0
+    finally:
+        other.kill()
+        failed.kill()
+    log = (tmp_path / "log1").read_text()
+    assert "OSError: a disk of this host is gone" in log
+    assert "process 1 of 2 ends with this error" in log
+
+
 EXPLICIT = dict(JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="1", JAX_COORDINATOR_ADDRESS="10.0.0.1:1234")
 
 

@@ -59,7 +59,8 @@ def train():
 
     steps = profile.parse(FLAGS.profile)
     cluster.join(FLAGS.distributed)
-    summary = loop.train(FLAGS.config, FLAGS.workdir, FLAGS.tensorboard, steps)
+    with cluster.leave_on_error():
+        summary = loop.train(FLAGS.config, FLAGS.workdir, FLAGS.tensorboard, steps)
     if jax.process_index() == 0:
         print(json.dumps(summary))
     if summary.get("steps", 0) < FLAGS.config.train.steps:

@@ -3,6 +3,8 @@
 import contextlib
 import os
 import signal
+import sys
+import traceback
 
 import jax
 from jax.experimental import multihost_utils
@@ -39,6 +41,29 @@ def join(always=False):
     several = any(int(env.get(name, 1)) > 1 for name in counts)
     if always or several or "," in env.get("TPU_WORKER_HOSTNAMES", ""):
         jax.distributed.initialize(**SHUTDOWN)
+
+
+@contextlib.contextmanager
+def leave_on_error():
+    """Ends the process at once where something is raised in one of several.
+
+    At its exit jax would wait for the others, up to `SHUTDOWN`, while these wait for it inside a
+    collective. Once it is gone, jax ends them when it misses its heartbeat: after 100 seconds.
+    """
+    try:
+        yield
+    except BaseException:
+        if jax.process_count() == 1:
+            raise
+        traceback.print_exc()
+        print(
+            f"process {jax.process_index()} of {jax.process_count()} ends with this error; jax "
+            "ends the others in about two minutes",
+            file=sys.stderr,
+        )
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 @contextlib.contextmanager
