@@ -24,8 +24,12 @@ RULES = (
 def make_mesh(data=-1, fsdp=1, seq=1, tensor=1, devices=None):
     """Returns a mesh with axes data, fsdp, seq, tensor; one of them may be -1 for "the rest".
 
+    Of several TPU slices only data crosses the network between them, and data is the axis over
+    which nothing but gradients is sent: its first blocks are the slices, one after the other.
+
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices, or data is no multiple of the
+        number of slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, seq, tensor]
@@ -35,18 +39,38 @@ def make_mesh(data=-1, fsdp=1, seq=1, tensor=1, devices=None):
     if sizes.count(-1) == 1 and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
         known = len(devices)
+    given = f"mesh data={data}, fsdp={fsdp}, seq={seq}, tensor={tensor}"
     if known != len(devices) or min(sizes) < 1:
         raise ValueError(
-            f"mesh data={data}, fsdp={fsdp}, seq={seq}, tensor={tensor} does not fit "
-            f"{len(devices)} devices; the sizes must multiply to that number "
+            f"{given} does not fit {len(devices)} devices; the sizes must multiply to that number "
             "(one may be -1 for the rest)"
         )
-    types = (AxisType.Auto,) * len(AXES)
-    try:
-        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
-    except NotImplementedError:  # an axis must take a part of a dimension of the slice
+    slices = num_slices(devices)
+    if sizes[0] % slices:
+        raise ValueError(
+            f"{given} does not fit {slices} slices of {len(devices) // slices} chips: data is "
+            f"{sizes[0]} and must be a multiple of {slices}, for it alone crosses the network "
+            f"between slices; give data={slices} fsdp=-1, or another multiple"
+        )
+    # Where an axis must take a part of a dimension of the slice it may; no other is ever split.
+    if slices == 1:
         grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-        return Mesh(grid, AXES, axis_types=types)
+    else:
+        inside = (sizes[0] // slices, *sizes[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(
+            inside, (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+        )
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def num_slices(devices):
+    """Returns the number of TPU slices that the devices belong to; 1 for other devices.
+
+    jax numbers the hosts of GPUs as slices too. Any axis may cross these, as it may within one.
+    """
+    tpu = devices[0].platform == "tpu"
+    # Devices of a topology with a single slice have no number.
+    return len({getattr(d, "slice_index", 0) for d in devices}) if tpu else 1
 
 
 def spec_of(path, axes, shape, mesh):
