@@ -8,7 +8,7 @@ from pathlib import Path
 
 # (kind of absl flag, name, default, help) of what `run` takes.
 FLAGS = (
-    ("string", "topology", None, "slice, e.g. v5e:4x4 or v5p-64"),
+    ("string", "topology", None, "slice, e.g. v5e:4x4 or v5p-64, or several: 2xv5p-64"),
     ("string", "json", None, "file for the numbers; a picture goes beside it, .png"),
     ("string", "dump", None, "folder that keeps the compiler's own text"),
     ("integer", "bucket", 0, "which budget: 0 is data.budget, then data.buckets"),

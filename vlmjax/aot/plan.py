@@ -44,7 +44,7 @@ def make_plan(run, name, topology, *, bucket=0, supervised=0.25, options=None, d
     Args:
       run: a `build.Run`.
       name: of the config, for the report.
-      topology: name of a slice, see `topology.parse`.
+      topology: name of a slice or of several, see `topology.parse`.
       bucket: index into the budgets of the run.
       supervised: share of the tokens that have a loss, assumed.
       options: {XLA option: value} over those of `flags`.

@@ -5,6 +5,9 @@ an operation for the cycles XLA estimates, or a Pallas kernel for its roofline t
 collective occupies the links of its mesh axes from its start; its end waits until they are done,
 and what the core waits is the exposed communication. An asynchronous copy does the same to the
 memory, or to the host's. Loop bodies are replayed once and multiplied by their trips.
+
+What goes to other slices is no collective in the program of a slice: chips send to their hosts what
+these exchange, and receive the result.
 """
 
 import dataclasses
@@ -14,11 +17,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vlmjax import sharding
 from vlmjax.aot import hlo
 
 FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all")
 FREE += ("partition-id", "replica-id", "opt-barrier", "add-dependency")
 FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "Sharding", "AssumeGatherIndicesInBound")
+EXCHANGE = ("send", "send-done", "recv", "recv-done")  # of a chip with its host
+BETWEEN_SLICES = "xla_megascale_runtime"  # the host passes it on
 HOST = 5  # memory space of the host in layouts
 PARTS = ("vision", "connector", "llm")
 
@@ -131,13 +137,19 @@ def collective_of(module, op):
     return found, "step" if step else "sync"
 
 
+def exchange_of(op):
+    """Returns the name that a send to other slices and the receipt of the result have in common."""
+    found = re.search(r'_host_transfer_rendezvous="([^"]*)"', op.text)
+    return found and found[1]
+
+
 @dataclasses.dataclass
 class _Event:
     """Something that goes on beside the core.
 
     Attributes:
       seconds: it takes once begun.
-      on: what it occupies: mesh axes, "memory" or "host".
+      on: what it occupies: mesh axes, "memory", "host" or the network between slices.
       row: the collective it is, or None for a copy.
       until: when it is done; None before it has begun.
     """
@@ -162,6 +174,7 @@ class _Clock:
         ops = [op for ops in module.computations.values() for op in ops]
         begun = {op.name: op.operands[0] for op in ops if op.kind == "async-update"}
         results = {op.operands[0]: op.shape for op in ops if op.kind.endswith("-done")}
+        self.exchanges = {op.name: exchange_of(op) for op in ops if op.kind == "recv"}
         self.results = {begun.get(name, name): shape for name, shape in results.items()}
 
     def run(self, computation, times, part):
@@ -178,6 +191,11 @@ class _Clock:
                 now += self.loop(computation, op, times, key[0])
             elif op.kind in ("call", "conditional"):
                 now += self.branches(op, times, key[0])
+            elif op.kind in EXCHANGE and BETWEEN_SLICES in op.text:
+                if op.kind == "send":
+                    pending[exchange_of(op)] = self.exchange(op, times).begin(now, busy)
+                elif op.kind == "recv-done":
+                    now = self.finish(pending.pop(self.exchanges[op.operands[0]]), now, times, key)
             elif role == "start" or (op.kind.endswith("-start") and role is None):
                 event = self.event(op, found, role, times, key)
                 # On the SparseCore a start without operands waits for an update that has them.
@@ -260,7 +278,7 @@ class _Clock:
         # The shape of a start has the operands too, and counters.
         shape = self.results.get(found.name, found.shape)
         size = hlo.num_bytes(shape)
-        group = groups[0] if groups else range(mesh.devices.size)
+        group = groups[0] if groups else range(mesh.devices.size // self.machine.topology.slices)
         size *= len(group) if kind == "reduce-scatter" else 1
         if op is not found and any(x.kind == "dynamic-slice" for x in self.module.inside(op)):
             kind = "reduce-scatter"  # an all-reduce of which each chip keeps its slice
@@ -281,6 +299,30 @@ class _Clock:
         )
         self.total.collectives.append(row)
         return _Event(seconds, axes, row)
+
+    def exchange(self, op, times):
+        """Returns the `_Event` of a send to other slices, after listing it."""
+        kind = re.search(r'_megascale_transfer_type="(\w+)"', op.text)[1]
+        kind = kind.lower().replace("_", "-")
+        shape = op.shape.partition(", u32[]")[0]  # what follows are a counter and a token
+        given = hlo.num_bytes(shape)
+        sent = self.machine.topology.sent_bytes(kind, given)
+        seconds = sent / self.chip.network_bandwidth
+        row = dict(
+            kind=kind,
+            shape=re.sub(r"\{[^}]*\}|^\(", "", shape),
+            axes=[sharding.ACROSS],
+            part="network",  # where it comes from is not in the program
+            direction="between slices",
+            overlapped=True,
+            count=times,
+            bytes=given * times,
+            sent_bytes=sent * times,
+            seconds=seconds * times,
+            exposed_seconds=0.0,
+        )
+        self.total.collectives.append(row)
+        return _Event(seconds, ("network",), row)
 
     def operation(self, op, times, key):
         """Returns the seconds of an operation or kernel, after adding it to the totals."""

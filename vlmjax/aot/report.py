@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 
+from vlmjax import sharding
 from vlmjax.aot import schedule
 from vlmjax.aot.replay import kind_of, part_of
 
@@ -11,12 +12,14 @@ FORMULA = (
     "seconds = op_seconds + kernel_seconds + exposed_communication_seconds; "
     "mfu_estimate = flops / (chips x peak x seconds). Operations take the cycles XLA estimates, "
     "Pallas kernels the roofline time of their CostEstimate over the efficiency a simulation "
-    "reached, collectives their bytes over the ICI links; loops count their trips."
+    "reached, collectives their bytes over the ICI links, or between slices over the share of the "
+    "network that the data sheet gives a chip; loops count their trips."
 )
 LEAVES_OUT = (
-    "the host and its data, the transfer of batches, padding in rows, stragglers and the network "
-    "between slices, the error of XLA's estimates (0.3 % on matmuls; 2.5-4x too long on fusions of "
-    "differences and sums), HBM contention between overlapped transfers"
+    "the host and its data, the transfer of batches, padding in rows, stragglers, latency, other "
+    "traffic and the work of the hosts between slices, the error of XLA's estimates (0.3 % on "
+    "matmuls; 2.5-4x too long on fusions of differences and sums), HBM contention between "
+    "overlapped transfers"
 )
 
 
@@ -97,7 +100,25 @@ def time_numbers(module, timeline, compiled, machine, work):
         kernels=list(timeline.kernels.values()),
         collectives=sorted(timeline.collectives, key=lambda c: -c["bytes"]),
         collective_bytes=sum(c["bytes"] for c in timeline.collectives),
+        between_slices=between_slices(timeline.collectives, machine.topology),
         uncounted_loops=timeline.uncounted,
+    )
+
+
+def between_slices(collectives, topology):
+    """Returns what a chip sends over the network between slices in a step; None with one slice."""
+    if topology.slices == 1:
+        return None
+    rows = [c for c in collectives if c["part"] == "network"]
+    return dict(
+        slices=topology.slices,
+        axis=sharding.ACROSS,
+        kinds=sorted({c["kind"] for c in rows}),
+        count=sum(c["count"] for c in rows),
+        sent_bytes=sum(c["sent_bytes"] for c in rows),
+        bandwidth=topology.chip.network_bandwidth,
+        seconds=sum(c["seconds"] for c in rows),
+        exposed_seconds=sum(c["exposed_seconds"] for c in rows),
     )
 
 
@@ -235,7 +256,20 @@ def collectives_text(r):
         f"  {size(n)} {duration(exposed[k])} exposed  {k[0]} over {k[1]} ({k[2]} {k[3]})"
         for k, n in summed(r["collectives"], *keys, of="bytes")[:14]
     ]
-    return ["collectives (bytes of the arrays, all calls)", *(lines or ["  none"])]
+    lines = ["collectives (bytes of the arrays, all calls)", *(lines or ["  none"])]
+    return lines + network_text(r["between_slices"])
+
+
+def network_text(n):
+    if n is None:
+        return []
+    sent, least, exposed = size(n["sent_bytes"]), duration(n["seconds"]), n["exposed_seconds"]
+    return [
+        f"between {n['slices']} slices, over {n['axis']}: a chip sends {sent.strip()} in "
+        f"{n['count']:g} transfers ({', '.join(n['kinds'])}), {least.strip()} at the least with "
+        f"its share of the network ({n['bandwidth'] / 1e9:g} GB/s by the data sheet), of which "
+        f"{duration(exposed).strip()} exposed"
+    ]
 
 
 def loop_text(loop):

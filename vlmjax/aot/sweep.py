@@ -18,9 +18,10 @@ ROWS = (1, 2, 4)  # of a shard of rows
 
 
 def meshes(devices, own):
-    """Returns the meshes to try: the run's own, FSDP over all chips, copies of it, with tensor."""
-    found = [own]
-    for tensor, data in itertools.product((1, 2, 4), (1, 4, 16)):
+    """Returns the meshes to try: the run's own, FSDP over a slice, copies of it, with tensor."""
+    found, slices = [own], sharding.num_slices(devices)
+    for tensor, copies in itertools.product((1, 2, 4), (1, 4, 16)):
+        data = copies * slices
         if len(devices) % (tensor * data) == 0:
             sizes = dict(data=data, fsdp=len(devices) // tensor // data, seq=1, tensor=tensor)
             found += [sizes] if sizes != own else []
