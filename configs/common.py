@@ -20,17 +20,22 @@ def slice_preset(name, rows):
     """Returns (mesh, compute, accumulate) for `rows` rows a step.
 
     `mesh` has every axis, `compute` the remat policies, and each shard takes a row at a time.
+    "2xv5e-16" is two slices: each is spread as one, and data goes over both.
 
     Raises:
       ValueError: an unknown slice.
     """
-    if name not in SLICES:
+    slices, times, one = name.rpartition("x")
+    slices = slices if times else "1"
+    if one not in SLICES or not slices.isdecimal() or not int(slices):
         raise ValueError(
-            f"slice={name!r} is none of {sorted(SLICES)}; for another, start from one of them and "
-            "change --config.mesh, --config.train.accumulate and --config.model.compute.remat"
+            f"slice={name!r} is none of {sorted(SLICES)}, nor several of one, as 2xv5e-16; for "
+            "another, start from one of them and change --config.mesh, --config.train.accumulate "
+            "and --config.model.compute.remat"
         )
-    preset = dict(SLICES[name])
+    preset = dict(SLICES[one])
     mesh = dict(data=1, fsdp=1, seq=1, tensor=1) | preset.pop("mesh")
+    mesh["data"] *= int(slices)
     return mesh, preset, max(rows // (mesh["data"] * mesh["fsdp"]), 1)
 
 

@@ -127,9 +127,21 @@ def test_slices_spread_the_rows_of_a_step(name):
     assert {run.model.compute.remat, run.model.compute.vision_remat} <= set(REMAT)
 
 
-def test_unknown_slice_is_refused():
-    with pytest.raises(ValueError, match="slice='v9-4' is none of .*v5p-64"):
-        _config("videollama3", "slice=v9-4")
+def test_several_slices_share_the_rows():
+    """Each is spread as one alone, and takes its part of the rows."""
+    one, two = (
+        build.resolve(_config("videollama3", f"stage=2,slice={name}"))
+        for name in ("v5e-16", "2xv5e-16")
+    )
+    assert dict(two.mesh) == dict(one.mesh) | dict(data=2)
+    assert (one.train.accumulate, two.train.accumulate) == (4, 2)
+    assert (two.train.rows, two.model) == (one.train.rows, one.model)
+
+
+@pytest.mark.parametrize("name", ["v9-4", "0xv5e-16", "xv5e-16", "2x"])
+def test_unknown_slice_is_refused(name):
+    with pytest.raises(ValueError, match=f"slice='{name}' is none of .*v5p-64.*as 2xv5e-16"):
+        _config("videollama3", f"slice={name}")
 
 
 def test_stages_2_to_4_are_one_program():

@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from configs.common import SLICES
@@ -109,3 +111,65 @@ def test_heads_that_straddle_groups_are_refused():
     q, kv = jnp.zeros((1, 8, 12, 4)), jnp.zeros((1, 8, 4, 4))
     with jax.sharding.use_abstract_mesh(mesh), pytest.raises(ValueError, match="groups of 3"):
         sharding.map_attention(None, q, kv, kv, None, layout)
+
+
+def chips(slices, side=4, platform="tpu", kind="TPU v5 lite"):
+    """Returns square slices that are not there, their chips in no order."""
+    spots = [(s, x, y) for s in range(slices) for y in range(side) for x in range(side)]
+    devices = [
+        SimpleNamespace(
+            id=i,
+            process_index=i // 4,
+            slice_index=s,
+            coords=(x, y, 0),
+            core_on_chip=0,
+            platform=platform,
+            device_kind=kind,
+        )
+        for i, (s, x, y) in enumerate(spots)
+    ]
+    return [devices[i] for i in np.random.default_rng(0).permutation(len(devices))]
+
+
+def grid(monkeypatch, *sizes, devices):
+    """Returns the devices of a mesh; jax makes no `Mesh` of devices that are not its own."""
+    monkeypatch.setattr(sharding, "Mesh", lambda grid, *_, **__: grid)
+    return sharding.make_mesh(*sizes, devices=devices)
+
+
+@pytest.mark.parametrize(
+    ("slices", "sizes"),
+    [
+        (2, (2, 16, 1, 1)),
+        (2, (2, -1, 1, 1)),
+        (2, (-1, 1, 1, 1)),  # the default
+        (2, (8, 2, 1, 2)),
+        (2, (-1, 2, 2, 2)),
+        (3, (3, 4, 2, 2)),
+        (4, (8, 8, 1, 1)),
+    ],
+)
+def test_only_data_crosses_slices(monkeypatch, slices, sizes):
+    """Blocks of data are the slices, in their order; along no other axis do slices differ."""
+    devices = chips(slices)
+    made = grid(monkeypatch, *sizes, devices=devices)
+    assert sorted(d.id for d in made.flat) == list(range(len(devices)))
+    index = np.vectorize(lambda d: d.slice_index)(made)
+    blocks = index.reshape(slices, -1)
+    assert (blocks == np.arange(slices)[:, None]).all()
+    assert (index == index[:, :1, :1, :1]).all()
+
+
+@pytest.mark.parametrize("sizes", [(1, -1, 1, 1), (-1, 32, 1, 1), (1, 16, 2, 1)])
+def test_data_must_go_over_all_slices(monkeypatch, sizes):
+    match = r"fit 2 slices of 16 chips: data is 1 and must be a multiple of 2.*data=2 fsdp=-1"
+    with pytest.raises(ValueError, match=match):
+        grid(monkeypatch, *sizes, devices=chips(2))
+
+
+def test_one_slice_is_spread_as_before(monkeypatch):
+    """And so are hosts of GPUs, which jax numbers as slices: FSDP may go over them."""
+    one = grid(monkeypatch, 1, 16, 1, 1, devices=chips(1))
+    assert {d.id for d in one.flat} == set(range(16))
+    hosts = grid(monkeypatch, 1, 8, 1, 1, devices=chips(2, 2, "gpu", "NVIDIA H200"))
+    assert [d.slice_index for d in hosts.flat] == [0] * 4 + [1] * 4

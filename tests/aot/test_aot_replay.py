@@ -8,8 +8,13 @@ import pytest
 from vlmjax.aot import hlo
 from vlmjax.aot.replay import Machine, direction_of, part_of, replay
 
-CHIP = SimpleNamespace(clock=1.0, hbm_bandwidth=1.0, host_bandwidth=0.5)
-TOPOLOGY = SimpleNamespace(chip=CHIP, collective_seconds=lambda kind, size, members: float(size))
+CHIP = SimpleNamespace(clock=1.0, hbm_bandwidth=1.0, host_bandwidth=0.5, network_bandwidth=0.1)
+TOPOLOGY = SimpleNamespace(
+    chip=CHIP,
+    slices=1,
+    collective_seconds=lambda kind, size, members: float(size),
+    sent_bytes=lambda kind, size: size / 2,
+)
 MESH = SimpleNamespace(devices=np.arange(4).reshape(2, 2), axis_names=("data", "fsdp"))
 MACHINE = Machine(TOPOLOGY, MESH, peak=10.0)
 TIMES = '"estimated_cycles":"%d"'
@@ -89,6 +94,28 @@ def test_the_sparse_core_begins_when_it_has_data():
     line = replay(program(*lines, more=more), MACHINE)
     assert (line.op_seconds, line.exposed_seconds) == (30, 10)
     assert line.collectives[0]["axes"] == ["fsdp"] and line.collectives[0]["overlapped"]
+
+
+ACROSS = """is_host_transfer=true, frontend_attributes={\
+_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="%s",\
+_xla_megascale_transfer_type="ALL_REDUCE"}"""
+
+
+@pytest.mark.parametrize(("between", "exposed"), [(0, 20), (15, 5), (40, 0)])
+def test_what_goes_to_other_slices_begins_when_it_is_sent(between, exposed):
+    """Half of 4 bytes, at 0.1 bytes a second; links and memory are free meanwhile."""
+    lines = [
+        f"%s = (u8[4]{{0}}, u32[], token[]) send(%x, %t), {ACROSS % 'psum.1_0'}",
+        work("b", between),
+        f"%r = (u8[4]{{0}}, u32[], token[]) recv(%t), {ACROSS % 'psum.1_0'}",
+        f"%e = token[] send-done(%s), {ACROSS % 'psum.1_0'}",
+        f"%d = (u8[4]{{0}}, token[]) recv-done(%r), {ACROSS % 'psum.1_0'}",
+    ]
+    line = replay(program(work("a", 5), *lines), MACHINE)
+    assert (line.exposed_seconds, line.op_seconds) == (exposed, 5 + between)
+    (row,) = line.collectives
+    assert (row["kind"], row["axes"], row["part"]) == ("all-reduce", ["data"], "network")
+    assert (row["bytes"], row["sent_bytes"], row["seconds"]) == (4, 2, 20)
 
 
 def test_two_collectives_share_the_links_of_an_axis():

@@ -18,20 +18,26 @@ P = jax.sharding.PartitionSpec
 @pytest.mark.parametrize(
     ("name", "parsed"),
     [
-        ("v5e:4x4", ("v5e", (4, 4))),
-        ("v5e-8", ("v5e", (2, 4))),
-        ("v5p-64", ("v5p", (2, 4, 4))),
-        ("v5p:4x4x8", ("v5p", (4, 4, 8))),
-        ("v6e-256", ("v6e", (16, 16))),
+        ("v5e:4x4", (1, "v5e", (4, 4))),
+        ("v5e-8", (1, "v5e", (2, 4))),
+        ("v5p-64", (1, "v5p", (2, 4, 4))),
+        ("v5p:4x4x8", (1, "v5p", (4, 4, 8))),
+        ("v6e-256", (1, "v6e", (16, 16))),
+        ("2xv5e-16", (2, "v5e", (4, 4))),
+        ("12xv5p:2x2x4", (12, "v5p", (2, 2, 4))),
     ],
 )
 def test_names(name, parsed):
     assert topology.parse(name) == parsed
 
 
-@pytest.mark.parametrize("name", ["v5e", "v5e:4", "v5e:4x4x4", "v5p-7", "v9-4", "v5e-24", ":", ""])
+UNKNOWN = "v5e", "v5e:4", "v5e:4x4x4", "v5p-7", "v9-4", "v5e-24", ":", "", "2x", "0xv5e-16", "x-1"
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
 def test_unknown_names_list_examples(name):
-    with pytest.raises(ValueError, match=r"is unknown; known are v5e:4x4, v5p:2x4x4, .*v5p-128"):
+    match = r"is unknown; known are v5e:4x4, v5p:2x4x4, .*v5p-128, .*several slices are 2xv5e-16"
+    with pytest.raises(ValueError, match=match):
         topology.parse(name)
 
 
@@ -44,6 +50,18 @@ def test_without_libtpu(monkeypatch):
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"libtpu, which is not installed; pip install 'vlmjax\[a"):
         topology.Topology("v5e:2x2")
+
+
+def test_several_slices():
+    """Each has the chips of one; what crosses them, of 8 bytes in two and in four slices."""
+    two, four = topology.Topology("2xv5e-8"), topology.Topology("4xv5e:2x2")
+    assert (two.name, two.slices, two.shape) == ("2xv5e:2x4", 2, (2, 4))
+    assert [sum(d.slice_index == i for d in two.devices) for i in (0, 1)] == [8, 8]
+    assert sharding.num_slices(four.devices) == 4 and len(four.devices) == 16
+    assert sharding.num_slices(topology.Topology("v5e-8").devices) == 1
+    kinds = "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"
+    assert [two.sent_bytes(kind, 8) for kind in kinds] == [8, 8, 4, 4, 8]
+    assert [four.sent_bytes(kind, 8) for kind in kinds] == [12, 24, 6, 6, 8]
 
 
 def test_rings():
