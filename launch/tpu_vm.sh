@@ -7,16 +7,21 @@
 # CHIP is v5e, v5p or v6e. The work directory and the data must be mounted on every host under the same path: process 0
 # writes the metrics, all of them the checkpoints. Hosts need Python 3.11 to 3.13; PYTHON=python3.12 says which. The run
 # ends with this command, so start it inside tmux; the same command resumes it.
+#
+# Several slices: NAME is that of a queued resource (made with --node-count=2) and NODES=all stands before the command,
+# whose config says slice=2xv5e-16.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ $# -ge 4 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 4 ] || { sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2; }
 name=$1 zone=$2 chip=$3; shift 3
 
 archive=$(mktemp -d)/vlmjax.tgz
 trap 'rm -r "$(dirname "$archive")"' EXIT
 git archive --format=tar.gz --output "$archive" HEAD
-gcloud compute tpus tpu-vm scp "$archive" "$name:vlmjax.tgz" --zone "$zone" --worker=all
-gcloud compute tpus tpu-vm ssh "$name" --zone "$zone" --worker=all --command "set -e
+tpus=(gcloud compute tpus tpu-vm) hosts=(--zone "$zone" --worker=all)
+[ -z "${NODES:-}" ] || { tpus[3]=queued-resources; hosts+=(--node="$NODES"); }
+"${tpus[@]}" scp "$archive" "$name:vlmjax.tgz" "${hosts[@]}"
+"${tpus[@]}" ssh "$name" "${hosts[@]}" --command "set -e
 mkdir -p vlmjax && cd vlmjax && tar xzf ../vlmjax.tgz
 [ -d .venv ] || ${PYTHON:-python3} -m venv .venv
 .venv/bin/pip install -q -e . 'jax[tpu]'

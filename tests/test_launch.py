@@ -45,6 +45,15 @@ def test_tpu_vm(launch):
     assert not subprocess.run(["bash", "-n", "-c", run[-1]]).returncode
 
 
+def test_tpu_vm_of_several_slices(launch, monkeypatch):
+    """All hosts of all nodes of a queued resource."""
+    monkeypatch.setenv("NODES", "all")
+    _, copy, run = launch("tpu_vm.sh", "my-slices", "zone-a", "v5e", *TRAIN)
+    where = ["--zone", "zone-a", "--worker=all", "--node=all"]
+    assert copy[1:5] == ["compute", "tpus", "queued-resources", "scp"] and copy[-4:] == where
+    assert run[3:-2] == ["queued-resources", "ssh", "my-slices", *where]
+
+
 def test_slurm_starts_a_stopped_run_again(tmp_path):
     for name, code in (("srun", 75), ("scontrol", 0)):
         file = tmp_path / name
