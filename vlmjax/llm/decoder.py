@@ -22,7 +22,7 @@ from vlmjax.attention import Attention, cached, packed
 from vlmjax.llm.expert import Expert, serve
 from vlmjax.nn import MLP, Dense, RMSNorm, bind, param, scan_layers, stack, unbind
 from vlmjax.rope import angles_1d
-from vlmjax.sharding import Layout, layout_of
+from vlmjax.sharding import Layout, layout_of, look_up
 
 CHOICES = {
     "qk_norm": ("none", "head"),
@@ -150,7 +150,7 @@ class Embed(nnx.Module):
         self.scale = scale
 
     def __call__(self, tokens, dtype):
-        x = jnp.take(self.embedding[...], tokens, axis=0).astype(dtype)
+        x = look_up(self.embedding[...], tokens, dtype)
         return x if self.scale == 1 else x * jnp.asarray(self.scale, dtype)
 
 
