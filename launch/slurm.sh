@@ -4,7 +4,8 @@
 #   sbatch --nodes=1 launch/slurm.sh --config configs/videollama3.py:size=2b,stage=1,slice=h200-8 --workdir runs/vl3_2b/stage1 \
 #       --config.init.vision=hf:DIR --config.init.connector=random --config.init.llm=hf:DIR
 #
-# Submit it in the repository, where .venv holds `pip install -e . "jax[cuda13]"`, on a file system that all nodes share.
+# Submit it in the repository, on a file system that all nodes share, where .venv holds
+# `pip install -c launch/constraints.txt -e ".[data]" "jax[cuda13]"`.
 # No XLA flags are set: XLA_FLAGS of the environment are passed on.
 #SBATCH --job-name=vlmjax
 #SBATCH --ntasks-per-node=8

@@ -24,6 +24,6 @@ tpus=(gcloud compute tpus tpu-vm) hosts=(--zone "$zone" --worker=all)
 "${tpus[@]}" ssh "$name" "${hosts[@]}" --command "set -e
 mkdir -p vlmjax && cd vlmjax && tar xzf ../vlmjax.tgz
 [ -d .venv ] || ${PYTHON:-python3} -m venv .venv
-.venv/bin/pip install -q -e . 'jax[tpu]'
+.venv/bin/pip install -q -c launch/constraints.txt -e '.[data]' 'jax[tpu]'
 export LIBTPU_INIT_ARGS=\"\$(.venv/bin/python -m vlmjax.aot.flags $chip)\"
 .venv/bin/python -m vlmjax.main train --distributed$(printf ' %q' "$@")"

@@ -3,10 +3,13 @@
 import os
 import shlex
 import subprocess
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from vlmjax import main
 from vlmjax.train import loop
@@ -30,6 +33,20 @@ def launch(tmp_path):
         return [c.split("\0")[:-1] for c in (tmp_path / "log").read_text().split("\1\0")[:-1]]
 
     return run
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_constraints_pin_what_a_run_needs(python):
+    """One version of each of our dependencies, within what pyproject.toml allows."""
+    lines = (LAUNCH / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    here = [p for p in pins if not p.marker or p.marker.evaluate({"python_version": python})]
+    version = {canonicalize_name(p.name): str(p.specifier).removeprefix("==") for p in here}
+    assert len(version) == len(here)
+    project = tomllib.loads((LAUNCH.parent / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["data"]]
+    for need in map(Requirement, wanted):
+        assert version[canonicalize_name(need.name)] in need.specifier, need
 
 
 def test_tpu_vm(launch):
