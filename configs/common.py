@@ -23,7 +23,7 @@ def slice_preset(name, rows):
     "2xv5e-16" is two slices: each is spread as one, and data goes over both.
 
     Raises:
-      ValueError: an unknown slice.
+      ValueError: an unknown slice, or rows that do not divide over its shards.
     """
     slices, times, one = name.rpartition("x")
     slices = slices if times else "1"
@@ -36,7 +36,13 @@ def slice_preset(name, rows):
     preset = dict(SLICES[one])
     mesh = dict(data=1, fsdp=1, seq=1, tensor=1) | preset.pop("mesh")
     mesh["data"] *= int(slices)
-    return mesh, preset, max(rows // (mesh["data"] * mesh["fsdp"]), 1)
+    shards = mesh["data"] * mesh["fsdp"]
+    if rows % shards:
+        raise ValueError(
+            f"slice={name!r} spreads rows over {shards} shards, and a step has {rows} rows: take "
+            "as many slices that the shards divide the rows"
+        )
+    return mesh, preset, rows // shards
 
 
 def parse_arg(arg, **defaults):

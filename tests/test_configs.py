@@ -138,6 +138,11 @@ def test_several_slices_share_the_rows():
     assert (two.train.rows, two.model) == (one.train.rows, one.model)
 
 
+def test_slices_that_the_rows_do_not_divide_over():
+    with pytest.raises(ValueError, match="'3xv5e-16' spreads rows over 48 shards, .* 64 rows"):
+        _config("videollama3", "stage=2,slice=3xv5e-16")
+
+
 @pytest.mark.parametrize("name", ["v9-4", "0xv5e-16", "xv5e-16", "2x"])
 def test_unknown_slice_is_refused(name):
     with pytest.raises(ValueError, match=f"slice='{name}' is none of .*v5p-64.*as 2xv5e-16"):

@@ -27,8 +27,8 @@ def held_config(folder, number=3, **changes):
 
 
 def held_ids(config):
-    (part,) = build.open_held_out(run := build.resolve(config), build.open_data(run))
-    return {part.source.id(k) for k in part.records}
+    (part,) = build.open_held_out(build.resolve(config))
+    return {part.source[k]["id"] for k in part.records}  # as those of batches
 
 
 @pytest.mark.parametrize("cap", [0, 5])
@@ -70,7 +70,7 @@ def test_the_loss_is_the_mean_over_all_held_out_tokens(tmp_path):
     ends = loop.train(config, tmp_path / "run")
     run, lines = build.resolve(config), metrics.read(tmp_path / "run")
     assert [m["step"] for m in lines if "held_out_loss" in m] == [2, 4, 5]
-    (part,) = build.open_held_out(run, build.open_data(run))
+    (part,) = build.open_held_out(run)
     state, _ = make_step(run)
     budget, total, tokens = build.make_budgets(run)[0], 0.0, 0
     measure = jax.jit(measure_loss, static_argnums=0)
@@ -163,8 +163,22 @@ def test_settings_that_measure_nothing(tmp_path, number, changes, message):
 
 
 def test_sources_that_cannot_be_held_out(tmp_path):
-    config = held_config(tmp_path, eval__sources=(f"json:{tmp_path / 'annotations.json'}",))
-    with pytest.raises(ValueError, match="which data.sources trains on: hold records of it out"):
+    (tmp_path / "x").mkdir()
+    for spelling in ("", "x/../"):
+        specs = (f"json:{tmp_path}/{spelling}annotations.json",)
+        config = held_config(tmp_path, eval__sources=specs)
+        with pytest.raises(ValueError, match="which data.sources trains on: hold records of it"):
+            loop.train(config, tmp_path / "run")
+    config.eval.sources = ("json:gone.json",)
+    with pytest.raises(ValueError, match="eval.sources has 'json:gone.json': .* correct the path"):
+        loop.train(config, tmp_path / "run")
+    for sources in ("json:a", ("json:a", "json:a")):
+        with pytest.raises(ValueError, match="eval.sources=.*json:a.* give a tuple of specs"):
+            build.EvalConfig(sources=sources)
+    config = held_config(tmp_path)
+    (entry,) = config.data.sources
+    config.data.sources = (dict(entry), dict(entry) | dict(name="again", held_out=0))
+    with pytest.raises(ValueError, match="'things' and 'again' have the same records and hold out"):
         loop.train(config, tmp_path / "run")
     config = tiny_config(tmp_path, eval__every=2)
     config.data.sources = (dict(spec="demo:text", weight=1.0, held_out=3),)
@@ -172,11 +186,23 @@ def test_sources_that_cannot_be_held_out(tmp_path):
         loop.train(config, tmp_path / "run")
 
 
+def test_eval_needs_no_source_of_training_that_holds_nothing_out(tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    config = held_config(tmp_path, 0, eval__every=0, train__steps=1)
+    loop.train(config, tmp_path / "run")
+    (tmp_path / "annotations.json").unlink()
+    config.eval.sources = (f"json:{annotations(other, 3)}",)
+    config.data.media_root = str(other)
+    (found,) = eval_loss.run(config, tmp_path / "run", tmp_path)["sources"].values()
+    assert found["n"] == 3 and found["loss"] > 0
+
+
 def test_the_same_rows_come_in_every_round(tmp_path):
     config = held_config(tmp_path, 7, eval__sources=("demo:text#test",), eval__samples=5)
     run = build.resolve(config)
     budget = build.make_budgets(run)[0]
-    parts = build.open_held_out(run, build.open_data(run))
+    parts = build.open_held_out(run)
     parts, sizes, bad = zip(*(held_out.measured(part, budget) for part in parts), strict=True)
     assert not any(bad) and [len(s) for s in sizes] == [7, 5]
     rows = held_out.Rounds(parts, sizes, budget, 2, (0, 1), run.model.form)

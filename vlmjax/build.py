@@ -14,6 +14,7 @@ from vlmjax.data import held_out, mix
 from vlmjax.data.mix import DataConfig
 from vlmjax.data.picture import PictureConfig, Show, row_budget
 from vlmjax.data.processor import Processor, ProcessorConfig, control_tokens
+from vlmjax.data.sources import open_source
 from vlmjax.data.tokenizer import Tokenizer
 from vlmjax.llm import decoder, presets
 from vlmjax.nn import flatten
@@ -65,10 +66,11 @@ class EvalConfig:
         hold out (`SourceConfig.held_out`). Where there is neither, `eval` takes the demo's test
         split for a config that trains on the demo, else the sources that the config trains on.
       every: steps of training between two measurements of the loss on all of these, a multiple of
-        train.log_every; the last step is measured too. 0 = none.
+        train.log_every; the last step is measured too. 0 = none. A step at which a SIGTERM ends the
+        run is not, and during a measurement none is looked at.
       samples: of each demo task, or at most of each of `sources`, chosen by `seed`.
       required_samples: of each demo task that must reach a given score.
-      seed: chooses the held-out records of `sources` and of the demo.
+      seed: chooses the records of `sources` (of one without end: which it has) and of the demo.
       rows: prompts that are answered together.
       max_new_tokens: most tokens of an answer.
     """
@@ -82,6 +84,11 @@ class EvalConfig:
     max_new_tokens: int = 32
 
     def __post_init__(self):
+        if isinstance(self.sources, str) or len(set(self.sources)) < len(self.sources):
+            raise ValueError(
+                f"eval.sources={self.sources!r} is not allowed: give a tuple of specs, each of "
+                "them once, such as ('json:FILE',)"
+            )
         lowest = dict(every=0, samples=2, required_samples=2, rows=1)
         for name, least in lowest.items():
             if getattr(self, name) < least:
@@ -288,36 +295,49 @@ def make_tokenizer(run):
 
 def open_data(run):
     """Returns the `data.mix.Data` of a run: its sources, with the processor of each."""
+    return mix.open_data(run.data, processors(run), run.train.seed)
+
+
+def processors(run):
+    """Returns function (settings that differ from those of a run, as a dict) -> `Processor`."""
     tokenizer = make_tokenizer(run)
 
     def make_processor(other):
         settings = dataclasses.asdict(run.processor) | other
         return Processor(section(ProcessorConfig, settings, "processor"), tokenizer, run.model.form)
 
-    return mix.open_data(run.data, make_processor, run.train.seed)
+    return make_processor
 
 
-def open_held_out(run, data):
+def open_held_out(run, data=None):
     """Returns the `data.held_out.HeldOut` of each source with held-out records.
 
     Args:
       run: a `Run`.
-      data: of `open_data`.
+      data: of `open_data`; None = of its sources only those that hold records out are opened.
 
     Raises:
-      ValueError: there are none, or a source is trained on as well.
+      ValueError: there are none, or a source is absent, or is trained on as well.
     """
-    found = held_out.of_data(data)
-    if specs := run.eval.sources:
-        if twice := sorted(set(specs) & {s.spec for s in run.data.mixed}):
+    if data is None:
+        pairs = zip(run.data.sources, run.data.mixed, strict=True)
+        if kept := tuple(source for source, s in pairs if s.held_out):
+            kept = dataclasses.replace(run.data, sources=kept)
+            data = open_data(dataclasses.replace(run, data=kept))
+    found = held_out.of_data(data) if data else []
+    trained = {source.fingerprint for source in data.sources} if data else set()
+    process = processors(run)({}) if run.eval.sources else None
+    for spec in run.eval.sources:
+        try:
+            source = open_source(spec, run.data.media_root, run.eval.seed)
+        except ValueError as error:
+            raise ValueError(f"eval.sources has {spec!r}: {error}") from error
+        if spec in {s.spec for s in run.data.mixed} or source.fingerprint in trained:
             raise ValueError(
-                f"eval.sources has {twice}, which data.sources trains on: hold records of it out, "
-                "dict(spec=..., weight=..., held_out=500), or name other files"
+                f"eval.sources has {spec!r}, which data.sources trains on: hold records of it out, "
+                "dict(spec=..., weight=..., held_out=500), or name another file"
             )
-        config = dict(sources=tuple((spec, 1.0) for spec in specs), groups=(), index="", epochs=0.0)
-        other = dataclasses.replace(run.data, **config)
-        other = open_data(dataclasses.replace(run, data=other))
-        found += held_out.of_sources(other, run.eval.samples, run.eval.seed)
+        found.append(held_out.some(spec, source, process, run.eval.samples, run.eval.seed))
     if not found:
         raise ValueError(
             f"eval.every={run.eval.every} and there are no held-out records: name sources of their "

@@ -1,6 +1,7 @@
 """Records that training never draws, to measure the loss on: which, and their packed rows.
 
-sets = of_data(data) + of_sources(others, samples, seed)
+sets = of_data(data)                        # what sources of training withhold
+sets.append(some(name, source, processor, samples, seed))   # of a source of their own
 sizes, bad = measured(sets[0], budget)      # from headers, as a length index is made
 rows = Rounds(sets, ..)                     # rows[n], the same again in each round
 """
@@ -58,6 +59,26 @@ def chosen(source, number, what):
     return np.sort(permuted(np.arange(number), max(size or 1, 1), [_SEED]))
 
 
+def check(mixed, sources):
+    """Raises ValueError where sources with the same records hold out different numbers of them.
+
+    Args:
+      mixed: `mix.SourceConfig`s.
+      sources: as many, opened.
+    """
+    if not any(s.held_out for s in mixed):
+        return
+    first = {}
+    for s, source in zip(mixed, sources, strict=True):
+        other = first.setdefault(source.fingerprint, s)
+        if other.held_out != s.held_out:
+            raise ValueError(
+                f"sources {other.name!r} and {s.name!r} have the same records and hold out "
+                f"{other.held_out} and {s.held_out} of them: one would be trained on what the "
+                "other holds out; give both the same held_out"
+            )
+
+
 def of_data(data):
     """Returns the `HeldOut` of each source of a `mix.Data` that holds records out."""
     parts = zip(data.mixed, data.sources, data.processors, strict=True)
@@ -68,21 +89,15 @@ def of_data(data):
     ]
 
 
-def of_sources(data, samples, seed):
-    """Returns the `HeldOut` of each source of a `mix.Data` that is held out as a whole.
+def some(name, source, processor, samples, seed):
+    """Returns a `HeldOut` of at most so many records of a source that is held out as a whole.
 
-    Args:
-      data: no other run draws from it.
-      samples: at most so many records of each; the first ones of a source without end.
-      seed: chooses them.
+    They are drawn by the seed; of a source without end they are its first.
     """
-    found = []
-    for name, source, processor in zip(data.names, data.sources, data.processors, strict=True):
-        records = np.arange(samples)
-        if hasattr(source, "__len__"):
-            records = permuted(np.arange(min(samples, len(source))), len(source), [(seed, 2**21)])
-        found.append(HeldOut(name, source, processor, np.sort(records)))
-    return found
+    records = np.arange(samples)
+    if hasattr(source, "__len__"):
+        records = permuted(np.arange(min(samples, len(source))), len(source), [(seed, 2**21)])
+    return HeldOut(name, source, processor, np.sort(records))
 
 
 def measured(part, budget):

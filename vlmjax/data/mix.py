@@ -248,6 +248,7 @@ def open_data(config, make_processor, seed):
             + "\ncorrect data.sources, or set data.absent='report' to train on the rest"
         )
     mixed, sources = zip(*opened, strict=True)
+    held_out.check(mixed, sources)
     processors = tuple(made[s.processor] for s in mixed)
     return Data(config, seed, mixed, sources, processors, tuple(absent))
 

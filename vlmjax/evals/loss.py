@@ -70,18 +70,21 @@ def run(config, workdir, output):
       output: folder of report.json.
     """
     resolved = build.resolve(config)
-    data, settings = build.open_data(resolved), resolved.eval
+    settings = resolved.eval
     unseen = bool(settings.sources or any(s.held_out for s in resolved.data.mixed))
     if unseen:
-        parts = build.open_held_out(resolved, data)
+        parts = build.open_held_out(resolved)
     else:
         print("these are the sources the run trains on: name held-out ones in eval.sources")
-        parts = held_out.of_sources(data, settings.samples, settings.seed)
+        data = build.open_data(resolved)
+        opened = zip(data.names, data.sources, data.processors, strict=True)
+        parts = [held_out.some(*one, settings.samples, settings.seed) for one in opened]
     chat, found = Chat.from_run(workdir, config), {}
     budget = Budget.largest(build.make_budgets(resolved))
     parts, sizes, listed = zip(*(held_out.measured(part, budget) for part in parts), strict=True)
     rows = held_out.Rounds(parts, sizes, budget, 1, (0,), resolved.model.form)
-    packed = load(rows, workers=resolved.data.workers, ahead=resolved.data.ahead)
+    how = resolved.data
+    packed = load(rows, workers=how.workers, ahead=how.ahead, stall=how.stall)
     with contextlib.closing(packed):
         for part, steps, bad in zip(parts, rows.steps, listed, strict=True):
             total, tokens, n = 0.0, 0, 0

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import sys
 import traceback
 
@@ -53,12 +54,12 @@ def leave_on_error():
     try:
         yield
     except BaseException:
-        if jax.process_count() == 1:
+        if not jax.distributed.is_initialized():  # the backend may be what failed: ask it nothing
             raise
         traceback.print_exc()
         print(
-            f"process {jax.process_index()} of {jax.process_count()} ends with this error; jax "
-            "ends the others in about two minutes",
+            f"the process {os.getpid()} of {socket.gethostname()} ends with this error; jax ends "
+            "the others in about two minutes",
             file=sys.stderr,
         )
         sys.stdout.flush()

@@ -50,10 +50,10 @@ class HeldOutLoss:
         self.place = feed._replace(local=self.local).place
         rows = held_out.Rounds(parts, sizes, budget, self.num_rows, self.local, run.model.form)
         self.steps = {part.name: n for part, n in zip(parts, rows.steps, strict=True)}
-        config = run.data
-        self.packed = load(rows, workers=config.workers, ahead=config.ahead, stall=config.stall)
         shapes = batch_shapes(run, budget, mesh, self.num_rows)
         self.measure = program.measure.lower(program.state, shapes).compile()
+        how = run.data
+        self.packed = load(rows, workers=how.workers, ahead=how.ahead, stall=how.stall)
         say(
             f"every {self.every} steps the loss of {sum(map(len, sizes))} held-out records of "
             f"{len(parts)} sources is measured, in {sum(rows.steps)} batches of {self.num_rows} "
@@ -104,5 +104,9 @@ class HeldOutLoss:
         sums = {"": sum(sums.values())} | {f"/{name}": both for name, both in sums.items()}
         found = {f"held_out_loss{k}": float(loss / n) for k, (loss, n) in sums.items() if n}
         if wrong := {k: v for k, v in found.items() if not math.isfinite(v)}:
-            raise Diverged(f"after step {step} {wrong} is not a number: the weights are damaged")
+            raise Diverged(
+                f"after step {step} a held-out loss is not a number, {wrong}; training stopped. If "
+                "the loss of training is well, look at the held-out records of that source; "
+                "otherwise delete the newest checkpoint and lower the learning rate"
+            )
         return found | {"held_out_seconds": time.monotonic() - began}

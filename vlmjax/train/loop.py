@@ -266,6 +266,10 @@ def train(config, workdir, tensorboard=False, profile=None):
                 pending = pending[len(seen) :]
                 window.append((packed.bucket, packed.stats))
 
+                if save:
+                    meta = {"position": packed.position, "stage": run.stage}
+                    meta["identity"] = feed.identity
+                    saver.save(step, state._asdict(), meta)
                 if log:
                     now = time.monotonic()
                     line = {k: float(v) for k, v in values.items() if math.isfinite(v)}
@@ -278,10 +282,6 @@ def train(config, workdir, tensorboard=False, profile=None):
                     counts = throughput(run, budgets, window, now - last, program.trained)
                     writer.write(step, counts | line | feed.health(packed.position))
                     window, waited, last = [], 0.0, now + line.get("held_out_seconds", 0.0)
-                if save:
-                    meta = {"position": packed.position, "stage": run.stage}
-                    meta["identity"] = feed.identity
-                    saver.save(step, state._asdict(), meta)
                 if stopped:
                     writer.say(f"SIGTERM: step {step} is saved, the same command resumes it")
                     break
