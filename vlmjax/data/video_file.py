@@ -19,9 +19,6 @@ from vlmjax.data.image import check_size, open_file
 
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,ivf,nut"
 
-# Tags may be in any encoding, and nobody reads them: from 19 on PyAV decodes none unless asked.
-_TAGS = {} if int(av.__version__.partition(".")[0]) >= 19 else {"metadata_errors": "replace"}
-
 
 class Limits(NamedTuple):
     """What a video may cost: pixels a frame, seconds, frames, frames a second, and seconds of
@@ -73,8 +70,11 @@ def opened(clock: Clock):
         "max_pixels": str(limits.pixels),
     }
     file = io.BytesIO(source) if encoded else f"file:{source.resolve()}"
+    # Tags may be in any encoding, and nobody reads them: from 19 on PyAV decodes none unless asked.
+    asks = int(av.__version__.partition(".")[0]) >= 19
+    tags = {} if asks else {"metadata_errors": "replace"}
     try:
-        with av.open(file, options=options, timeout=limits.deadline, **_TAGS) as container:
+        with av.open(file, options=options, timeout=limits.deadline, **tags) as container:
             if not container.streams.video:
                 raise BadRecord(
                     "damaged_media",
