@@ -112,6 +112,7 @@ def test_a_model_without_a_class_in_transformers_carries_its_code(export, capsys
 def test_the_installed_transformers_answers_as_we_do(export, tmp_path, monkeypatch):
     """`generate` of this version, with a cache, about a picture; the other versions are `long`."""
     chat, out = export
+    monkeypatch.setitem(sys.modules, "av", None)  # only videos need it
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
     load = functools.partial(
         dynamic_module_utils.get_class_from_dynamic_module, pretrained_model_name_or_path=str(out)
