@@ -39,8 +39,9 @@ def slice_preset(name, rows):
     shards = mesh["data"] * mesh["fsdp"]
     if rows % shards:
         raise ValueError(
-            f"slice={name!r} spreads rows over {shards} shards, and a step has {rows} rows: take "
-            "as many slices that the shards divide the rows"
+            f"slice={name!r} spreads rows over {shards} shards, which do not divide the {rows} "
+            "rows of a step: choose another slice or number of slices, or leave slice out and give "
+            "--config.mesh, --config.train.accumulate and --config.model.compute.remat"
         )
     return mesh, preset, rows // shards
 

@@ -95,11 +95,9 @@ def run(config, workdir, output):
                 unusable |= {one.id: one.reason for one in row.bad}
             mean = total / tokens if tokens else None
             found[part.name] = {"loss": mean, "tokens": tokens, "n": n, "unusable": unusable}
-            print(
-                f"{part.name}  loss {mean}  {tokens} tokens of {n} records, {len(unusable)} cannot "
-                "be used",
-                flush=True,
-            )
+            shown = "unknown" if mean is None else f"{mean:.4f}"
+            said = f"loss {shown}  {tokens} tokens of {n} records, {len(unusable)} cannot be used"
+            print(f"{part.name}  {said}", flush=True)
     report = {"held_out": unseen, "sources": found}
     Path(output).mkdir(parents=True, exist_ok=True)
     (Path(output) / "report.json").write_text(json.dumps(report, indent=1) + "\n")
